@@ -292,7 +292,10 @@ class UNETR(nn.Module):
 
         x = features.pop()  # z12 climbs from 1/P; image, z3, z6, z9 join it, the deepest first
         for up, skip, merge in zip(self.ups, self.skips, self.merges, strict=True):
-            x = merge(torch.cat([up(x), skip(features.pop())], dim=1))  # (B, F * 2^level, H / 2^level, W / 2^level)
+            x = up(x)  # (B, F * 2^level, H / 2^level, W / 2^level)
+            x = torch.cat([x, skip(features.pop())], dim=1)
+            for orange in merge.children():  # one by one: merge(x) would keep x in memory to its end
+                x = orange(x)
         logits: Tensor = self.head(x)  # (B, out_channels, H, W)
         return logits
 
@@ -436,7 +439,8 @@ def watch(model: UNETR, colour: bool) -> None:
     for up, skip, merge in zip(model.ups, model.skips, model.merges, strict=True):
         scale //= 2
         show_output(skip, f"skip 1/{scale}", [*skip.children()])
-        show_output(merge, f"merge 1/{scale}", [up, *merge.children()])
+        *_, last = oranges = [*merge.children()]
+        show_output(last, f"merge 1/{scale}", [up, *oranges])
     show_output(model.head, "output", [model.head])
 
 

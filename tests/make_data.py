@@ -1,0 +1,49 @@
+"""Make sample.png and tests/data from the ICBM 152 template in the package nilearn: pip install nilearn==0.14.1
+
+python tests/make_data.py
+"""
+
+import gzip
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+TESTS = Path(__file__).resolve().parent
+NOTICE = " ".join((TESTS / "data/LICENSE").read_text(encoding="utf-8").split())
+TITLE = "ICBM 152 2009a nonlinear symmetric {}, axial {}; from nilearn 0.14.1"
+
+
+def volume(kind: str) -> np.ndarray:
+    """(x, y, z) in steps of 1 mm, from left, back and below; 0 mm is at (98, 134, 72)."""
+    file = files("nilearn") / f"datasets/data/mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+    values = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=352)
+    return values.reshape((197, 233, 189), order="F")
+
+
+def axial(kind: str, millimetres: int) -> Image.Image:
+    """A slice seen from above, front of the head at the top."""
+    return Image.fromarray(np.ascontiguousarray(volume(kind)[:, ::-1, millimetres + 72].T))
+
+
+def save(image: Image.Image, path: Path, title: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Title", title)
+    info.add_text("Copyright", NOTICE)
+    image.save(path, optimize=True, pnginfo=info)
+
+
+if __name__ == "__main__":
+    sample = axial("t1", 20).resize((296, 350), Image.Resampling.BICUBIC)
+    save(sample, TESTS.parent / "sample.png", TITLE.format("T1 template", "slice at z = +20 mm"))
+
+    # 48 slices, 8 in a row, each 192 x 224 mm in pixels of 2 mm
+    for kind, name in (("t1", "T1 template"), ("gm", "grey matter map > 0.5")):
+        sheet = Image.new("L", (8 * 96, 6 * 112))
+        for number, z in enumerate(range(-30, 66, 2)):
+            slice_ = axial(kind, z).crop((2, 4, 194, 228)).reduce(2)
+            sheet.paste(slice_, (number % 8 * 96, number // 8 * 112))
+        if kind == "gm":
+            sheet = sheet.point(lambda value: 255 * (value > 127.5)).convert("1")
+        save(sheet, TESTS / f"data/{kind}.png", TITLE.format(name, "slices from z = -30 mm up to 64 mm, every 2 mm"))

@@ -1,0 +1,187 @@
+"""PyTorch's own tools take the network as it is; with an accelerator at hand, there too."""
+
+import copy
+import functools
+import importlib
+import io
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, SMALL
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+unetr = importlib.import_module("UNETR-2D")
+
+
+def build(device="cpu", **sizes):
+    torch.manual_seed(0)
+    return unetr.UNETR(unetr.UNETRConfig(**{**SMALL, **sizes})).to(device)
+
+
+def image(device="cpu", batch=2, size=(64, 64)):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def backward(model, x):
+    model(x).square().mean().backward()
+
+
+def test_compile_in_one_graph(device):
+    if device.type == "mps":
+        pytest.skip("MPS has no double precision, without which a rounding takes a ReLU to its other side")
+    model, compiled = build(device).double(), torch.compile(build(device).double(), fullgraph=True)
+    x = image(device).double()
+    for net in (model, compiled):
+        backward(net, x)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(compiled.get_parameter(f"_orig_mod.{name}").grad, gradient, atol=1e-9, rtol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.eval()(x), model.eval()(x), atol=1e-9, rtol=1e-6)
+
+
+def test_export_with_a_dynamic_batch_and_back(device):
+    model = build(device).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (image(device),), dynamic_shapes={"image": {0: batch}})
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    restored = torch.export.load(buffer).module()
+    for size in (1, 2, 5):
+        torch.testing.assert_close(restored(image(device, size)), model(image(device, size)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path):
+    model, file = build().eval(), tmp_path / "unetr.onnx"
+    dynamic = {"image": {0: torch.export.Dim("batch")}}
+    torch.onnx.export(model, (image(),), file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        (logits,) = session.run(None, {"image": image(batch=batch).numpy()})
+        np.testing.assert_allclose(logits, model(image(batch=batch)).detach().numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_in_bfloat16(device):
+    model = build(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        logits = model(image(device))
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    expected = build(device)(image(device))
+    assert (logits - expected).abs().mean() < 0.03 * expected.abs().mean()
+
+
+def test_channels_last_is_equal_to_contiguous(device):
+    model, other = build(device).eval(), build(device).eval().to(memory_format=torch.channels_last)
+    logits = other(image(device).to(memory_format=torch.channels_last))
+    torch.testing.assert_close(logits, model(image(device)), atol=1e-5, rtol=1e-5)
+
+
+def test_channels_last_stays_on_the_way():
+    model, fallen_back = build().eval().to(memory_format=torch.channels_last), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.ReLU):
+
+            def watch(module, args, output, name=name):
+                if not all(x.is_contiguous(memory_format=torch.channels_last) for x in (args[0], output)):
+                    fallen_back.append(name)
+
+            module.register_forward_hook(watch)
+    model(image().to(memory_format=torch.channels_last))
+    assert fallen_back == []
+
+
+def test_deepcopy_is_equal_and_apart(device):
+    model = build(device).eval()
+    twin = copy.deepcopy(model)
+    before = model(image(device))
+    torch.testing.assert_close(twin(image(device)), before, atol=0, rtol=0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    torch.testing.assert_close(model(image(device)), before, atol=0, rtol=0)
+
+
+def test_state_dict_moves_between_devices(device, tmp_path):
+    model = build(device).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = unetr.UNETR(unetr.UNETRConfig(**SMALL)).eval()
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", map_location="cpu", weights_only=True))
+    torch.testing.assert_close(other(image()), model(image(device)).cpu(), atol=1e-4, rtol=1e-4)
+
+
+def test_meta_device_builds_without_memory():
+    with torch.device("meta"):
+        model = unetr.UNETR(unetr.UNETRConfig(**SMALL))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1, 64, 64)
+    model.load_state_dict(build().state_dict(), assign=True)
+    assert torch.equal(model.eval()(image()), build().eval()(image()))
+
+
+def train_in_parallel(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = nn.parallel.DistributedDataParallel(build())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # an unused parameter would stop the second step
+        optimizer.zero_grad()
+        backward(model, image()[rank : rank + 1])
+        optimizer.step()
+    torch.save(dict(model.module.named_parameters()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel_on_two_processes(tmp_path):
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    start = dict(build().named_parameters())
+    for name in start:
+        assert torch.equal(first[name], second[name]) and not torch.equal(first[name], start[name]), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(device):
+    model, checkpointed = build(device), build(device)
+    for block in checkpointed.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for net in (model, checkpointed):
+        backward(net, image(device))
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(checkpointed.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-5)
+
+
+PEAK = """
+import importlib, re, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+unetr = importlib.import_module("UNETR-2D")
+import torch
+model = unetr.UNETR(unetr.UNETRConfig({side}, 2, hidden_dim=32, num_layers=2, num_heads=2, mlp_dim=32, feature_size=1))
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before = peak()
+model(torch.rand(1, 3, {side}, {side})).mean().backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read as Linux tells it")
+def test_memory_grows_linearly_with_the_tokens():
+    def peak(side):
+        code = PEAK.format(root=str(ROOT), side=side)
+        return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+    small, large = peak(128), peak(256)  # 4,096 and 16,384 tokens: an N x N matrix for each head would take 2 GiB
+    print(f"\n4096 tokens: {small:.0f} MiB, 16384 tokens: {large:.0f} MiB")
+    assert large < 5 * small and large < 512
