@@ -376,14 +376,14 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, size: tuple[int, in
 
     if config.out_channels == 1:
         mask = logits[0, 0].sigmoid().numpy()
-        shown = right.imshow(mask, cmap="viridis", extent=extent)
+        shown = right.imshow(mask, extent=extent)
         ticks = np.linspace(mask.min(), mask.max(), 5)
-        figure.colorbar(shown, ax=right, ticks=ticks, format="%.3f", label="probability")
+        figure.colorbar(shown, ticks=ticks, format="%.3f", label="probability")
     else:
         classes = config.out_channels
         colours = matplotlib.colormaps["turbo"].resampled(classes)
         shown = right.imshow(logits[0].argmax(0).numpy(), cmap=colours, vmin=-0.5, vmax=classes - 0.5, extent=extent)
-        figure.colorbar(shown, ax=right, ticks=range(0, classes, math.ceil(classes / 20)), label="class")
+        figure.colorbar(shown, ticks=range(0, classes, math.ceil(classes / 20)), label="class")
     right.set(xticks=[], yticks=[])
     right.set_title("Mask" if trained else "Mask of the untrained network: it means nothing yet")
     return figure
@@ -393,7 +393,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write the picture in the format that the ending names. What stood there is replaced only by a whole picture."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder, path.name)
-        figure.savefig(partial, dpi=100)
+        figure.savefig(partial)
         partial.replace(path)
 
 

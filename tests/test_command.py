@@ -1,11 +1,13 @@
 """The command: what it prints and writes, from any folder, without a screen; bad input ends in one sentence."""
 
 import importlib
+import io
 import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,37 +42,106 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"), dtype=float)
 
 
+def check_printed(lines, picture):
+    assert lines[0] == str(unetr.UNETRConfig(**SMALL))
+    assert lines[1] == f"107,021 parameters on {unetr.find_device(None)}" and lines[2] == "weights: untrained, seed 0"
+    assert lines[3] == f"image: {ROOT / 'sample.png'}, 296 x 350 pixels, read as (1, 3, 64, 64)" and lines[4] == ""
+    assert lines[5:22] == [
+        "orange: conv 3x3, batch norm, ReLU; green: transposed conv 2x2; blue: green, then orange; grey: conv 1x1",
+        "stage       shape                 blocks",
+        "patches     (1, 16, 768)",
+        "tokens z0   (1, 16, 24)",
+        "z1          (1, 16, 24)",
+        "z2          (1, 16, 24)",
+        "z4          (1, 16, 24)",
+        "z5          (1, 16, 24)",
+        "skip 1/8    (1, 32, 8, 8)         blue",
+        "merge 1/8   (1, 32, 8, 8)         green orange orange",
+        "skip 1/4    (1, 16, 16, 16)       blue blue",
+        "merge 1/4   (1, 16, 16, 16)       green orange orange",
+        "skip 1/2    (1, 8, 32, 32)        blue blue blue",
+        "merge 1/2   (1, 8, 32, 32)        green orange orange",
+        "skip 1/1    (1, 4, 64, 64)        orange orange",
+        "merge 1/1   (1, 4, 64, 64)        green orange orange",
+        "output      (1, 1, 64, 64)        grey",
+    ]
+    assert lines[22] == "" and re.fullmatch(r"forward pass: \d\.\d\d s", lines[23])
+    assert lines[24:] == [f"picture: {picture}"]
+
+
+def test_what_is_printed(here, capsys):
+    assert call() == 0
+    check_printed(capsys.readouterr().out.splitlines(), here / "unetr-2d.png")
+
+
 def test_another_folder_no_screen_plain_words(tmp_path):
     done = start(cwd=tmp_path, MPLBACKEND="")
     assert (done.returncode, done.stderr) == (0, "")
     assert [path.name for path in tmp_path.iterdir()] == ["unetr-2d.png"]
-    lines = done.stdout.splitlines()
-    assert lines[0] == str(unetr.UNETRConfig(**SMALL))
-    assert re.fullmatch(r"[\d,]+ parameters on \w+", lines[1]) and lines[2] == "weights: untrained, seed 0"
-    assert lines[3] == f"image: {ROOT / 'sample.png'}, 296 x 350 pixels, read as (1, 3, 64, 64)"
-    assert lines[5] == (
-        "orange: conv 3x3, batch norm, ReLU; green: transposed conv 2x2; blue: green, then orange; grey: conv 1x1"
-    )
-    assert [re.split(r"  +", line) for line in lines[6:21]] == [
-        ["stage", "shape", "blocks"],
-        ["patches", "(1, 16, 768)"],
-        ["tokens z0", "(1, 16, 24)"],
-        ["z1", "(1, 16, 24)"],
-        ["z2", "(1, 16, 24)"],
-        ["z4", "(1, 16, 24)"],
-        ["z5", "(1, 16, 24)"],
-        ["skip 1/8", "(1, 32, 8, 8)", "blue"],
-        ["merge 1/8", "(1, 32, 8, 8)", "green orange orange"],
-        ["skip 1/4", "(1, 16, 16, 16)", "blue blue"],
-        ["merge 1/4", "(1, 16, 16, 16)", "green orange orange"],
-        ["skip 1/2", "(1, 8, 32, 32)", "blue blue blue"],
-        ["merge 1/2", "(1, 8, 32, 32)", "green orange orange"],
-        ["skip 1/1", "(1, 4, 64, 64)", "orange orange"],
-        ["merge 1/1", "(1, 4, 64, 64)", "green orange orange"],
+    check_printed(done.stdout.splitlines(), tmp_path / "unetr-2d.png")
+
+
+class Stream(io.StringIO):
+    """Standard output that is a terminal, and that remembers when each line was handed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        self.lines.append(self.getvalue().splitlines()[-1])
+
+
+def test_each_stage_is_printed_when_it_is_done(here, monkeypatch):
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    seen = []
+    green = unetr.GreenBlock.forward
+    monkeypatch.setattr(unetr.GreenBlock, "forward", lambda self, x: seen.append(stream.lines[-1]) or green(self, x))
+    assert call() == 0
+    assert [line.split()[0] for line in stream.lines] == [
+        "patches",
+        "tokens",
+        "z1",
+        "z2",
+        "z4",
+        "z5",
+        *["skip", "merge"] * 4,
+        "output",
     ]
-    assert re.split(r"  +", lines[21]) == ["output", "(1, 1, 64, 64)", "grey"] and lines[22] == ""
-    assert re.fullmatch(r"forward pass: \d+\.\d\d s", lines[23])
-    assert lines[24:] == [f"picture: {tmp_path / 'unetr-2d.png'}"]
+    assert seen[0].startswith("z5")  # the first green block of all follows z5
+
+
+@pytest.mark.parametrize("variable, value, coloured", [("NO_COLOR", "", True), ("NO_COLOR", "1", False)])
+def test_colours_on_a_terminal_alone(here, monkeypatch, variable, value, coloured):
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv(variable, value)
+    assert call() == 0
+    orange, green, blue, grey = (f"\033[48;5;{number}m  \033[0m" for number in (208, 71, 68, 246))
+    words = ["orange", "green", "blue", "grey"]
+    o, g, b, w = (orange, green, blue, grey) if coloured else words
+    lines = stream.getvalue().splitlines()
+    assert (
+        lines[5] == f"{o}: conv 3x3, batch norm, ReLU; {g}: transposed conv 2x2; {b}: green, then orange; {w}: conv 1x1"
+    )
+    assert [line[34:] for line in lines[13:17]] == [b, f"{g} {o} {o}", f"{b} {b}", f"{g} {o} {o}"]
+    assert lines[21][34:] == w
+
+
+def test_the_picture_is_made_beside_its_place(here, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(here / "none"))  # it may be on another disk, which no file is moved to
+    assert call() == 0 and [path.name for path in here.iterdir()] == ["unetr-2d.png"]
+
+
+def test_weights_are_read_as_weights_alone_and_to_the_cpu(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: seen.append((args, kwargs)) or {})
+    assert call("--weights", "w.pt") == 2
+    assert seen == [((Path("w.pt"),), dict(map_location="cpu", weights_only=True))]
 
 
 def test_a_backend_that_needs_a_screen_is_no_error_without_one(tmp_path):
@@ -293,7 +364,7 @@ BAD = {
     "option without value": (lambda: ["--seed"], r"argument --seed: expected one argument; --help lists what would do"),
     "weights missing": (lambda: ["--weights", "w.pt"], r"cannot read the weights w\.pt: No such file or directory"),
     "weights a folder": (lambda: ["--weights", "."], r"cannot read the weights \.: Is a directory"),
-    "weights empty": (lambda: ["--weights", damaged("w.pt", b"")], r"w\.pt holds no weights, or is damaged; a file that .*"),
+    "weights empty": (lambda: ["--weights", damaged("w.pt", b"")], r"w\.pt holds no weights, or is damaged; a file that torch\.save\(model\.state_dict\(\), FILE\) wrote would do"),
     "weights no weights": (lambda: ["--weights", damaged("w.pt", b"text" * 99)], r"w\.pt holds no weights, or is damaged; .*"),
     "weights a pickle": (lambda: ["--weights", saved("w.pt", {"x": Path("y")})], r"w\.pt holds no weights, or is damaged; .*"),
     "weights a list": (lambda: ["--weights", saved("w.pt", [1])], r"w\.pt does not fit; weights of this configuration would do: Expected state_dict .*"),
