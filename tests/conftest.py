@@ -15,6 +15,11 @@ sys.path.insert(0, str(ROOT))
 SMALL = dict(image_size=64, hidden_dim=24, num_layers=5, num_heads=3, mlp_dim=40, feature_size=4)
 
 
+def largest_difference(ours, theirs):
+    """Relative to the largest value."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
 @pytest.fixture(params=["cpu", "accelerator"])
 def device(request):
     if request.param == "cpu":

@@ -6,18 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, largest_difference
 from monai.networks import nets as monai_nets
 from torch import nn
 
 unetr = importlib.import_module("UNETR-2D")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
-
-
-def largest_difference(ours, theirs):
-    """Relative to the largest value."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def shake(model, seed=0):

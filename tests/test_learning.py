@@ -1,4 +1,4 @@
-"""It learns: a small UNETR finds the grey matter of slices that it has not seen, and so does the script's command."""
+"""It learns: a small UNETR finds the grey matter of slices that it has not seen."""
 
 import torch
 from compare_training import TRAINING, UNSEEN, here, score, slices, train

@@ -94,6 +94,12 @@ def test_every_name_in_the_structure_table_exists():
             assert hasattr(model if part else unetr, part or owner), name
 
 
+def test_every_comparison_names_its_test():
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    rows = table("| comparison | largest difference | allowed | test |")
+    assert len(rows) >= 8 and all(f"def {row[3].strip('`')}(" in written for row in rows)
+
+
 def test_layers_of_other_patch_sizes():
     sentence = "4, 8, 12 for P = 8, and 2, 5, 7, 10, 12 for P = 32."
     assert sentence in " ".join(README.split())

@@ -4,15 +4,15 @@ import copy
 import functools
 import importlib
 import io
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, largest_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,6 +37,8 @@ def backward(model, x):
 
 
 def test_compile_in_one_graph(device):
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        pytest.skip("torch.compile needs a C++ compiler for the CPU, and there is none on the path")
     if device.type == "mps":
         pytest.skip("MPS has no double precision, without which a rounding takes a ReLU to its other side")
     model, compiled = build(device).double(), torch.compile(build(device).double(), fullgraph=True)
@@ -46,7 +48,9 @@ def test_compile_in_one_graph(device):
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(compiled.get_parameter(f"_orig_mod.{name}").grad, gradient, atol=1e-9, rtol=1e-6)
     with torch.inference_mode():
-        torch.testing.assert_close(compiled.eval()(x), model.eval()(x), atol=1e-9, rtol=1e-6)
+        largest = largest_difference(compiled.eval()(x), model.eval()(x))
+    print(f"\ncompiled, {device}: {largest:.1e}")
+    assert largest <= 1e-11
 
 
 def test_export_with_a_dynamic_batch_and_back(device):
@@ -57,8 +61,10 @@ def test_export_with_a_dynamic_batch_and_back(device):
     torch.export.save(program, buffer)
     buffer.seek(0)
     restored = torch.export.load(buffer).module()
-    for size in (1, 2, 5):
-        torch.testing.assert_close(restored(image(device, size)), model(image(device, size)), atol=1e-5, rtol=1e-5)
+    batches = [image(device, size) for size in (1, 2, 5)]
+    largest = max(largest_difference(restored(batch), model(batch)) for batch in batches)
+    print(f"\nexported and restored, {device}: {largest:.1e}")
+    assert largest <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
@@ -67,9 +73,12 @@ def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path):
     dynamic = {"image": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (image(),), file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    largest = 0.0
     for batch in (1, 2, 5):
         (logits,) = session.run(None, {"image": image(batch=batch).numpy()})
-        np.testing.assert_allclose(logits, model(image(batch=batch)).detach().numpy(), atol=1e-4, rtol=1e-4)
+        largest = max(largest, largest_difference(torch.from_numpy(logits), model(image(batch=batch))))
+    print(f"\nin onnxruntime: {largest:.1e}")
+    assert largest <= 1e-5
 
 
 def test_autocast_in_bfloat16(device):
@@ -86,7 +95,9 @@ def test_autocast_in_bfloat16(device):
 def test_channels_last_is_equal_to_contiguous(device):
     model, other = build(device).eval(), build(device).eval().to(memory_format=torch.channels_last)
     logits = other(image(device).to(memory_format=torch.channels_last))
-    torch.testing.assert_close(logits, model(image(device)), atol=1e-5, rtol=1e-5)
+    largest = largest_difference(logits, model(image(device)))
+    print(f"\nchannels-last, {device}: {largest:.1e}")
+    assert largest <= 1e-5
 
 
 def test_channels_last_stays_on_the_way():
