@@ -305,6 +305,7 @@ def plot(growth: list[Row], path: str) -> None:
         axis.set(xlabel="tokens", title=title, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:

@@ -93,6 +93,7 @@ def draw(model: nn.Module, path: str) -> None:
         axis.set_title(title)
         axis.set_axis_off()
     figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
