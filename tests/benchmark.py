@@ -50,7 +50,7 @@ class Plan:
     )
 
 
-QUICK = Plan(images=(256,), growth=(256, 512), batches=(1,), rounds=2)
+QUICK = Plan(images=(256,), growth=(256, 384), batches=(1,), rounds=2)
 
 
 def build(kind: str, image: int, plan: Plan) -> nn.Module:
