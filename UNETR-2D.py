@@ -361,30 +361,32 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
 def draw(image: Tensor, logits: Tensor, config: UNETRConfig, size: tuple[int, int], trained: bool) -> Figure:
     """The input (1, C, H, W) under its patch grid, beside the mask that its logits stand for.
 
-    Both are drawn in the size of the image file, (width, height) in pixels.
+    Both are drawn in the size of the image file, (width, height) in pixels; the mask is not smoothed, since there is
+    no class between two classes.
     """
     (width, height), (rows, columns) = size, config.grid
     aspect = min(max(height / width, 0.4), 2.5)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.3 * aspect + 0.4), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4.3 * aspect + 0.4), layout="constrained", subplot_kw={"xticks": [], "yticks": []}
+    )
     extent = (0, width, height, 0)
 
     left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-    left.set(xticks=np.linspace(0, width, columns + 1), yticks=np.linspace(0, height, rows + 1))
-    left.tick_params(length=0, labelleft=False, labelbottom=False)
-    left.grid(color="white", linewidth=0.4, alpha=0.5)
+    left.vlines(np.linspace(0, width, columns + 1), 0, height, colors="white", linewidth=0.4, alpha=0.5)
+    left.hlines(np.linspace(0, height, rows + 1), 0, width, colors="white", linewidth=0.4, alpha=0.5)
     left.set_title(f"Input: {rows} x {columns} patches of {config.patch_size} x {config.patch_size} pixels")
 
     if config.out_channels == 1:
         mask = logits[0, 0].sigmoid().numpy()
-        shown = right.imshow(mask, extent=extent)
+        shown = right.imshow(mask, extent=extent, interpolation="nearest")
         ticks = np.linspace(mask.min(), mask.max(), 5)
         figure.colorbar(shown, ticks=ticks, format="%.3f", label="probability")
     else:
         classes = config.out_channels
+        mask = logits[0].argmax(0).numpy()
         colours = matplotlib.colormaps["turbo"].resampled(classes)
-        shown = right.imshow(logits[0].argmax(0).numpy(), cmap=colours, vmin=-0.5, vmax=classes - 0.5, extent=extent)
+        shown = right.imshow(mask, extent=extent, interpolation="nearest", cmap=colours, vmin=-0.5, vmax=classes - 0.5)
         figure.colorbar(shown, ticks=range(0, classes, math.ceil(classes / 20)), label="class")
-    right.set(xticks=[], yticks=[])
     right.set_title("Mask" if trained else "Mask of the untrained network: it means nothing yet")
     return figure
 

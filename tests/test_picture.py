@@ -35,16 +35,16 @@ def test_input_under_its_patch_grid(draw, channels):
     np.testing.assert_allclose(shown.get_array(), image[0].permute(1, 2, 0).squeeze(2).numpy())
     assert shown.get_cmap().name == "gray" and shown.get_clim() == (0, 1)  # never stretched to its own range
     assert shown.get_extent() == [0, 300, 100, 0]
-    assert left.get_xticks().tolist() == [0, 100, 200, 300]  # 3 columns of patches
-    assert left.get_yticks().tolist() == [0, 50, 100]  # 2 rows
-    lines = left.get_xgridlines() + left.get_ygridlines()
-    assert len(lines) == 7 and all(line.get_visible() for line in lines)
-    assert all(
-        line.get_linewidth() == 0.4 and line.get_color() == "white" and line.get_alpha() == 0.5 for line in lines
-    )
-    ticks = [*left.xaxis.get_major_ticks(), *left.yaxis.get_major_ticks()]
-    assert not any(tick.label1.get_visible() for tick in ticks)
-    assert all(tick.tick1line.get_markersize() == 0 for tick in ticks)
+    down, across = left.collections
+    assert [line[:, 0].tolist() for line in down.get_segments()] == [[x, x] for x in (0, 100, 200, 300)]  # 3 columns
+    assert [line[:, 1].tolist() for line in across.get_segments()] == [[y, y] for y in (0, 50, 100)]  # 2 rows
+    assert all(line[:, 1].tolist() == [0, 100] for line in down.get_segments())
+    assert all(line[:, 0].tolist() == [0, 300] for line in across.get_segments())
+    for lines in (down, across):
+        assert lines.get_linewidth() == [0.4] and lines.get_alpha() == 0.5
+        assert colors.same_color(lines.get_color(), ("white", 0.5))
+    assert left.get_xlim() == (0, 300) and left.get_ylim() == (100, 0)  # no margin, the first row at the top
+    assert left.get_xticks().size == left.get_yticks().size == 0
     assert left.get_title() == "Input: 2 x 3 patches of 16 x 16 pixels"
 
 
@@ -55,7 +55,7 @@ def test_probabilities_with_the_range_that_they_have(draw):
     mask = logits()[0, 0].sigmoid().numpy()
     np.testing.assert_allclose(shown.get_array(), mask)
     assert shown.get_clim() == (mask.min(), mask.max()) and shown.get_extent() == [0, 300, 100, 0]
-    assert shown.get_cmap().name == "viridis"
+    assert shown.get_cmap().name == "viridis" and shown.get_interpolation() == "nearest"
     np.testing.assert_allclose(bar.get_yticks(), np.linspace(mask.min(), mask.max(), 5), rtol=1e-6)
     assert [label.get_text() for label in bar.get_yticklabels()] == [f"{tick:.3f}" for tick in bar.get_yticks()]
     assert bar.get_ylabel() == "probability" and shown.colorbar.ax is bar
@@ -80,6 +80,21 @@ def test_one_colour_for_each_class(draw, classes, ticks):
     assert shown.norm(0) * classes == pytest.approx(0.5) and shown.get_extent() == [0, 300, 100, 0]
     assert bar.get_yticks().tolist() == list(ticks) and bar.get_ylabel() == "class"
     assert right.get_title() == "Mask"
+
+
+def test_between_two_classes_is_no_third(draw):
+    halves = torch.zeros(1, 5, 200, 300)  # drawn a little enlarged, where Matplotlib smooths by itself
+    halves[:, 0, :, :125] = halves[:, 4, :, 125:] = 1
+    _, figure = draw(halves)
+    figure.canvas.draw()
+    _, right, _ = figure.axes
+    (shown,) = right.images
+    box = right.get_window_extent()
+    height = figure.canvas.get_width_height()[1]
+    rows = slice(round(height - box.y1) + 3, round(height - box.y0) - 3)
+    inside = np.asarray(figure.canvas.buffer_rgba())[rows, round(box.x0) + 3 : round(box.x1) - 3, :3]
+    seen = {tuple(pixel) for pixel in inside.reshape(-1, 3).tolist()}
+    assert seen == {tuple(shown.cmap(shown.norm(number), bytes=True)[:3]) for number in (0, 4)}
 
 
 @pytest.mark.parametrize("size, aspect", [((100, 100), 1), ((300, 240), 0.8), ((1000, 100), 0.4), ((10, 1000), 2.5)])
