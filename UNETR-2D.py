@@ -482,7 +482,7 @@ def check_output(path: Path, inputs: Iterable[Path]) -> None:
         raise ValueError(f"the output's ending must be one of {', '.join(endings)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise ValueError(f"the output's folder {path.parent} does not exist; make it first, or name another")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not all(os.access(place, os.W_OK) for place in (path.parent, path) if place.exists()):
         raise ValueError(f"the output {path} may not be written; another name would do")
     if path in inputs:
         raise ValueError(f"the output must not replace an input, got {path} for both; another name would do")

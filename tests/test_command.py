@@ -426,8 +426,9 @@ def test_an_output_that_may_not_be_written(here, capsys, monkeypatch):
     refuse(here)
     assert call() == 2 and capsys.readouterr().err == sentence and not output.exists()
     output.write_bytes(b"old")
-    refuse(output)
-    assert call() == 2 and capsys.readouterr().err == sentence and output.read_bytes() == b"old"
+    for refused in (here, output):
+        refuse(refused)
+        assert call() == 2 and capsys.readouterr().err == sentence and output.read_bytes() == b"old"
 
 
 def test_a_fault_of_the_program_is_not_hidden(here, monkeypatch):
