@@ -12,6 +12,7 @@ N = (H/P)(W/P) the number of tokens, K the hidden size and F the feature size.
 """
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -579,4 +580,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else Python would look through all that was imported once more, when it ends
     sys.exit(main())
