@@ -53,7 +53,7 @@ def test_picture_is_what_the_script_draws_today(run):
     shown = np.asarray(Image.open(ROOT / "tests/baseline/unetr-2d.png").convert("RGB"), dtype=float)
     drawn = np.asarray(Image.open(run[1]).convert("RGB"), dtype=float)
     assert shown.shape == drawn.shape
-    # Other processors round the logits otherwise, which moves few colours by little; another seed gives 30.
+    # Other processors round the logits otherwise, which moves few colours by little; another seed gives 12.
     assert np.abs(shown - drawn).mean() < 1
 
 
