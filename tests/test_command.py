@@ -193,10 +193,37 @@ def test_no_show_takes_the_backend_without_windows(here, monkeypatch):
     assert chosen == ["agg", "qtagg"]
 
 
+def test_a_backend_that_does_not_load_gives_way_to_the_one_without_windows(here, monkeypatch):
+    tried = []
+
+    def switch(name):
+        tried.append(name)
+        if name == "tkagg":
+            raise ImportError("no screen")
+
+    monkeypatch.setattr(unetr.plt, "switch_backend", switch)
+    monkeypatch.setattr(unetr.plt, "get_backend", lambda: "tkagg")
+    assert call() == 0 and tried == ["tkagg", "agg"] and Path("unetr-2d.png").exists()
+
+
+@pytest.mark.parametrize("name, layout", [("cuda", torch.channels_last), ("mps", torch.contiguous_format)])
+def test_model_and_image_go_to_the_device_in_its_layout(here, monkeypatch, name, layout):
+    device, moved = torch.device(name), []
+    monkeypatch.setattr(unetr, "find_device", lambda name: device)
+    monkeypatch.setattr(unetr.UNETR, "to", lambda model, *where: moved.append(where) or model)
+    monkeypatch.setattr(torch.Tensor, "to", lambda image, *where, **how: moved.append((*where, how)) or image)
+    convert = unetr.nn.utils.convert_conv2d_weight_memory_format
+    monkeypatch.setattr(
+        unetr.nn.utils, convert.__name__, lambda model, layout: moved.append(layout) or convert(model, layout)
+    )
+    assert call() == 0
+    assert moved == [(device,), layout, (device, dict(memory_format=layout))]
+
+
 def test_same_seed_same_picture(here):
     for name, seed in (("a.png", 3), ("b.png", 3), ("c.png", 4), ("d.png", 0)):
         assert call("--output", name, "--seed", seed) == 0
-    assert call() == 0
+    assert call("--seed", 2**63 - 1) == 0 and call() == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png")) and not np.array_equal(pixels("a.png"), pixels("c.png"))
     assert np.array_equal(pixels("d.png"), pixels("unetr-2d.png"))  # the default is 0
 
@@ -294,7 +321,10 @@ class Accelerator:
 
 
 def test_the_device_is_the_accelerator_else_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    def no_card(check_available):
+        return None if check_available else torch.device("cuda")  # as a PyTorch built for CUDA says
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", no_card)
     assert unetr.find_device(None) == torch.device("cpu") == unetr.find_device("cpu")
     Accelerator(monkeypatch)
     assert unetr.find_device(None) == torch.device("cuda")

@@ -8,7 +8,7 @@ from torch import nn
 
 unetr = importlib.import_module("UNETR-2D")
 
-SHAPES = [(2, 3, 32, 48, 16), (1, 1, 16, 16, 8), (1, 5, 64, 32, 32), (2, 2, 6, 4, 2)]
+SHAPES = [(2, 3, 32, 48, 16), (1, 1, 16, 16, 8), (1, 5, 64, 32, 32), (2, 2, 6, 4, 2), (1, 2, 1, 3, 1)]
 
 
 @pytest.mark.parametrize("batch, channels, height, width, patch", SHAPES)
