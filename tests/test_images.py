@@ -119,6 +119,14 @@ def test_exif_rotation_is_undone(tmp_path):
     near(load(tmp_path, image, GREY, exif=exif), np.rot90(RAMP, 3) / 255)
 
 
+def test_a_damaged_exif_tag_is_no_reason_to_refuse_the_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    image = Image.fromarray(RAMP.astype(np.uint8))
+    with pytest.warns(UserWarning, match="Truncated"):  # Pillow's own, which is not hidden
+        near(load(tmp_path, image, GREY, exif=exif.tobytes()[:-10]), RAMP / 255)
+
+
 @pytest.mark.parametrize("name", ["image.gif", "image.tif"])
 def test_first_frame_of_many(tmp_path, name):
     frames = [Image.new("L", (64, 64), value) for value in (51, 102, 153)]
