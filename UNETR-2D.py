@@ -373,8 +373,9 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, size: tuple[int, in
     extent = (0, width, height, 0)
 
     left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-    left.vlines(np.linspace(0, width, columns + 1), 0, height, colors="white", linewidth=0.4, alpha=0.5)
-    left.hlines(np.linspace(0, height, rows + 1), 0, width, colors="white", linewidth=0.4, alpha=0.5)
+    thin = {"colors": "deepskyblue", "linewidth": 0.4, "alpha": 0.8}  # seen on black and on white
+    left.vlines(np.linspace(0, width, columns + 1), 0, height, **thin)
+    left.hlines(np.linspace(0, height, rows + 1), 0, width, **thin)
     left.set_title(f"Input: {rows} x {columns} patches of {config.patch_size} x {config.patch_size} pixels")
 
     if config.out_channels == 1:

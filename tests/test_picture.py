@@ -41,8 +41,8 @@ def test_input_under_its_patch_grid(draw, channels):
     assert all(line[:, 1].tolist() == [0, 100] for line in down.get_segments())
     assert all(line[:, 0].tolist() == [0, 300] for line in across.get_segments())
     for lines in (down, across):
-        assert lines.get_linewidth() == [0.4] and lines.get_alpha() == 0.5
-        assert colors.same_color(lines.get_color(), ("white", 0.5))
+        assert lines.get_linewidth() == [0.4] and lines.get_alpha() == 0.8
+        assert colors.same_color(lines.get_color(), ("deepskyblue", 0.8))
     assert left.get_xlim() == (0, 300) and left.get_ylim() == (100, 0)  # no margin, the first row at the top
     assert left.get_xticks().size == left.get_yticks().size == 0
     assert left.get_title() == "Input: 2 x 3 patches of 16 x 16 pixels"
