@@ -318,6 +318,8 @@ def open_image(path: str | Path) -> Image.Image:
         if image.mode[0] in "IF":  # the 16-bit, 32-bit and float modes
             values = np.asarray(image, dtype=np.float64)
             finite = values[np.isfinite(values)]
+            if not finite.size:
+                raise ValueError("no pixel of it is a number")
             low, high = finite.min(), finite.max()
             values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
             image = Image.fromarray(((values - low) / ((high - low) or 1)).astype(np.float32))
@@ -462,7 +464,9 @@ def find_device(name: str | None) -> torch.device:
 def load_weights(model: UNETR, path: Path) -> None:
     """Load a state_dict that torch.save wrote. A pickle of anything but weights is refused, and not run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that other programs wrote: they are refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read the weights {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails in as many ways as there are damages
@@ -471,7 +475,7 @@ def load_weights(model: UNETR, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        differences = textwrap.shorten(str(error), 400)
+        differences = " ".join(textwrap.shorten(line, 180) for line in str(error).splitlines()[:4])
         raise ValueError(f"{path} does not fit; weights of this configuration would do: {differences}") from error
 
 

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -351,6 +352,11 @@ def other_weights():
     return saved("w.pt", {**state, "extra": torch.zeros(1)})
 
 
+def wrapped_weights():
+    state = unetr.UNETR(unetr.UNETRConfig(**SMALL)).state_dict()
+    return saved("w.pt", {f"module.{name}": weight for name, weight in state.items()})
+
+
 def truncated():
     whole = (ROOT / "sample.png").read_bytes()
     return damaged("half.png", whole[: len(whole) // 2])
@@ -398,9 +404,13 @@ BAD = {
     "weights empty": (lambda: ["--weights", damaged("w.pt", b"")], r"w\.pt holds no weights, or is damaged; a file that torch\.save\(model\.state_dict\(\), FILE\) wrote would do"),
     "weights no weights": (lambda: ["--weights", damaged("w.pt", b"text" * 99)], r"w\.pt holds no weights, or is damaged; .*"),
     "weights a pickle": (lambda: ["--weights", saved("w.pt", {"x": Path("y")})], r"w\.pt holds no weights, or is damaged; .*"),
+    "weights another pickle": (lambda: ["--weights", damaged("w.pt", pickle.dumps({"x": 1.5}, protocol=4))],
+                               r"w\.pt holds no weights, or is damaged; .*"),
     "weights a list": (lambda: ["--weights", saved("w.pt", [1])], r"w\.pt does not fit; weights of this configuration would do: Expected state_dict .*"),
     "weights unfitting": (lambda: ["--weights", other_weights()], r"w\.pt does not fit; weights of this configuration would do: .*"
                           r'.*Missing .*"pos_embed".* Unexpected .*"extra".*head.weight.*\[2, 4, 1, 1\].*\[1, 4, 1, 1\].*'),
+    "weights of a wrapped model": (lambda: ["--weights", wrapped_weights()], r"w\.pt does not fit; .* Missing key.*"
+                                   r'"pos_embed", .* \[\.\.\.\] Unexpected key.*"module\.pos_embed", .* \[\.\.\.\]'),
     "output's folder missing": (lambda: ["--output", "none/o.png"], r"the output's folder .*none does not exist; make it .*"),
     "output's ending unknown": (lambda: ["--output", "o.xyz"], r"the output's ending must be one of .*pdf, .*svg.*, got 'o\.xyz'"),
     "output without ending": (lambda: ["--output", "png"], r"the output's ending must be one of .*png.*, got 'png'"),

@@ -108,6 +108,14 @@ def test_floats_that_are_no_numbers_take_the_ends_of_the_range(tmp_path):
     assert loaded[0, 0] == 0 and loaded[63, 63] == 1
 
 
+def test_an_image_without_any_number_is_refused(tmp_path):
+    Image.new("F", (64, 64), float("nan")).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError) as error:
+        unetr.load_image(tmp_path / "nan.tif", GREY)
+    sentence = f"cannot read {tmp_path / 'nan.tif'} as an image (no pixel of it is a number); a file that Pillow opens"
+    assert str(error.value) == f"{sentence} would do"
+
+
 def test_floats_of_one_value_are_black(tmp_path):
     near(load(tmp_path, Image.new("F", (64, 64), 7.5), GREY, "image.tif"), 0)
 
