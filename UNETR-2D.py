@@ -11,8 +11,12 @@ In shapes, B counts images, C channels, H rows and W columns of pixels; P is the
 N = (H/P)(W/P) the number of tokens, K the hidden size and F the feature size.
 """
 
-import argparse
 import gc
+
+if __name__ == "__main__":
+    gc.disable()  # all that is imported stays: to search it for garbage is time lost
+
+import argparse
 import math
 import os
 import sys
@@ -201,7 +205,7 @@ class Attention(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         q, k, v = self.qkv(z).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, K/heads)
-        z = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(K/heads)) v, with no N x N matrix stored
+        z = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(K/heads)) v, eq. 4; no N x N matrix stored
         mixed: Tensor = self.proj(z.transpose(1, 2).flatten(2))  # (B, N, K)
         return mixed
 
@@ -429,16 +433,13 @@ def watch(model: UNETR, colour: bool) -> None:
         marks = " ".join(mark(type(block)) for block in blocks)
         print(f"{stage:<10}  {tuple(tensor.shape)!s:<20}  {marks}".rstrip(), flush=True)
 
-    def show_input(module: nn.Module, stage: str) -> None:
-        module.register_forward_pre_hook(lambda module, args: show(stage, args[0]))
-
     def show_output(module: nn.Module, stage: str, blocks: Iterable[nn.Module] = ()) -> None:
         module.register_forward_hook(lambda module, args, output: show(stage, output, blocks))
 
     print("; ".join(f"{mark(block)}: {what}" for block, (_, _, what) in COLOURS.items()))
     print(f"{'stage':<10}  {'shape':<20}  blocks")
-    show_input(model.patch_embed, "patches")
-    show_input(model.blocks[0], "tokens z0")
+    model.patch_embed.register_forward_pre_hook(lambda module, args: show("patches", args[0]))
+    show_output(model.dropout, "tokens z0")
     for layer in model.config.tapped_layers:
         show_output(model.blocks[layer - 1], f"z{layer}")
     scale = model.config.patch_size
@@ -585,5 +586,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # else Python would look through all that was imported once more, when it ends
+    gc.freeze()  # nor is it searched when the command ends
+    gc.enable()
     sys.exit(main())

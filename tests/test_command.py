@@ -1,10 +1,12 @@
 """The command: what it prints and writes, from any folder, without a screen; bad input ends in one sentence."""
 
+import gc
 import importlib
 import io
 import os
 import pickle
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -313,6 +315,18 @@ def test_the_forward_pass_is_an_inference(here, monkeypatch):
 def test_nothing_is_printed_by_the_model_itself(capsys):
     unetr.UNETR(unetr.UNETRConfig(**SMALL))(torch.rand(1, 3, 64, 64))
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_garbage_collector_rests_only_while_the_command_imports(monkeypatch, capsys):
+    calls = []
+    for name in ("disable", "freeze", "enable"):
+        monkeypatch.setattr(gc, name, lambda name=name: calls.append(name))
+    runpy.run_path(str(ROOT / "UNETR-2D.py"))
+    assert calls == []  # the program that imports the script keeps its own ways
+    monkeypatch.setattr(sys, "argv", ["UNETR-2D.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "UNETR-2D.py"), run_name="__main__")
+    assert calls == ["disable", "freeze", "enable"]
 
 
 class Accelerator:
