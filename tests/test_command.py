@@ -422,7 +422,7 @@ BAD = {
                                r"w\.pt holds no weights, or is damaged; .*"),
     "weights a list": (lambda: ["--weights", saved("w.pt", [1])], r"w\.pt does not fit; weights of this configuration would do: Expected state_dict .*"),
     "weights unfitting": (lambda: ["--weights", other_weights()], r"w\.pt does not fit; weights of this configuration would do: .*"
-                          r'.*Missing .*"pos_embed".* Unexpected .*"extra".*head.weight.*\[2, 4, 1, 1\].*\[1, 4, 1, 1\].*'),
+                          r'.*Missing .*"pos_embed".* Unexpected .*"extra".*head.weight.*\[2, 4, 1, 1\].*\[1, 4, 1, 1\]\)\.'),
     "weights of a wrapped model": (lambda: ["--weights", wrapped_weights()], r"w\.pt does not fit; .* Missing key.*"
                                    r'"pos_embed", .* \[\.\.\.\] Unexpected key.*"module\.pos_embed", .* \[\.\.\.\]'),
     "output's folder missing": (lambda: ["--output", "none/o.png"], r"the output's folder .*none does not exist; make it .*"),
