@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_known_faults import FAULTS
 from torch.utils.flop_counter import FlopCounterMode
 
 unetr = importlib.import_module("UNETR-2D")
@@ -98,6 +99,7 @@ def test_every_comparison_names_its_test():
     written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     rows = table("| comparison | largest difference | allowed | test |")
     assert len(rows) >= 8 and all(f"def {row[3].strip('`')}(" in written for row in rows)
+    assert f"{len(FAULTS)} known faults of 2D ports" in [row[0] for row in rows]
 
 
 def test_layers_of_other_patch_sizes():
