@@ -1,100 +1,69 @@
-"""UNETR in two dimensions: a Vision Transformer reads the image, a U-Net-like CNN writes the mask.
+"""UNETR in 2D: image segmentation with a Vision Transformer as the encoder and a U-Net-style CNN as the decoder.
 
-The whole model is in this file, which is read from top to bottom.
+[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504. All equations and figures cited below are from it.
+[2] Dosovitskiy et al., "An Image is Worth 16x16 Words" (ViT), https://arxiv.org/abs/2010.11929.
+[3] He et al., "Delving Deep into Rectifiers" (He initialization), https://arxiv.org/abs/1502.01852.
 
-[1] Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", https://arxiv.org/abs/2103.10504
-    Every "eq." and "Figure" below is one of this paper.
-[2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929: ViT, the encoder.
-[3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852: how the convolutions start.
-
-In shapes, B counts images, C channels, H rows and W columns of pixels; P is the patch size,
-N = (H/P)(W/P) the number of tokens, K the hidden size and F the feature size.
+Shapes: batch size B, image channels C, image size H x W in pixels, patch size P, number of tokens N = (H/P)(W/P),
+hidden size K (the length of a token).
 """
-
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # all that is imported stays: to search it for garbage is time lost
 
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, NoReturn, get_type_hints
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-
-# Configuration
-
-
-def nearest_multiples(value: int, step: int) -> str:
-    """The multiples of step around value, in words: 250, 16 -> '240 or 256'."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
 
 
 @dataclass(frozen=True)
 class UNETRConfig:
-    """The sizes of the network; the defaults are the ViT-B/16 encoder of [1], for RGB images of 256 x 256.
+    """Sizes of the network, by default those of the paper's ViT-B/16. Raises ValueError for an invalid value."""
 
-    Raises ValueError for what cannot work, with the rule, the value and one that would do.
-    """
-
-    image_size: Annotated[int | tuple[int, int], "H and W in pixels, multiples of P: 256 or 192x256"] = 256
-    patch_size: Annotated[int, "P, the side of a patch in pixels, a power of two"] = 16
-    in_channels: Annotated[int, "C, the channels of the image: 1 reads grey, 3 reads RGB"] = 3
-    out_channels: Annotated[int, "channels of the logits: 1 for a mask, else one for each class"] = 1
-    hidden_dim: Annotated[int, "K, the length of a token"] = 768
-    num_layers: Annotated[int, "L, the layers of the Transformer"] = 12
-    num_heads: Annotated[int, "attention heads of a layer, which share K"] = 12
-    mlp_dim: Annotated[int, "hidden units of a layer's MLP"] = 3072
-    dropout_rate: Annotated[float, "dropout in training, where ViT has it"] = 0.0
-    feature_size: Annotated[int, "F, the decoder's channels at full resolution"] = 64
+    image_size: int | tuple[int, int] = 256  # H = W, or (H, W), in pixels
+    patch_size: int = 16  # P, in pixels
+    in_channels: int = 3  # C
+    out_channels: int = 1  # channels of the logits: 1 for a binary mask, otherwise one per class
+    hidden_dim: int = 768  # K
+    num_layers: int = 12  # L
+    num_heads: int = 12  # attention heads per layer, of K / num_heads dimensions each
+    mlp_dim: int = 3072  # hidden units of the MLP in each layer
+    dropout_rate: float = 0.0  # in the encoder only
+    feature_size: int = 64  # F, the decoder's channels at full resolution; they double at each coarser resolution
 
     def __post_init__(self) -> None:
-        def require(fits: bool, name: str, rule: str, would_do: object) -> None:
-            if not fits:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}; {would_do} would do")
-
-        for name, value in vars(self).items():
-            pair = name == "image_size" and isinstance(value, tuple) and len(value) == 2
-            if name != "dropout_rate":
-                whole = all(isinstance(v, int) and 0 < v <= 1_000_000 for v in (value if pair else (value,)))
-                require(whole, name, "a whole number from 1 to 1000000", getattr(UNETRConfig, name))
-        patch, heads, stages, (height, width) = self.patch_size, self.num_heads, len(self.tapped_layers), self.size
-        near = str(2 ** max(round(math.log2(patch)), 1))
-        require(patch == 2 ** max(stages, 1), "patch_size", "a power of two from 2 up", near)
-        near = f"height {nearest_multiples(height, patch)} and width {nearest_multiples(width, patch)}"
-        rule = f"a multiple of patch_size {patch} on both sides"
-        require(height % patch == width % patch == 0, "image_size", rule, near)
-        near = nearest_multiples(self.hidden_dim, heads)
-        require(self.hidden_dim % heads == 0, "hidden_dim", f"a multiple of num_heads {heads}", near)
-        rule = f"{stages} or more for the {stages} decoder stages of patch_size {patch}"
-        require(self.num_layers >= stages, "num_layers", rule, stages)
-        is_number = isinstance(self.dropout_rate, int | float)
-        require(
-            is_number and 0 <= self.dropout_rate < 1, "dropout_rate", "a number from 0 up to, not including, 1", 0.1
-        )
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON and YAML give a list
+        for name in ("in_channels", "out_channels", "hidden_dim", "num_layers", "num_heads", "mlp_dim", "feature_size"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise ValueError(f"{name} must be from 1 to 1000000, got {getattr(self, name)}")
+        patch, stages = self.patch_size, len(self.tapped_layers)
+        if patch < 2 or patch.bit_count() != 1:
+            raise ValueError(f"patch_size must be a power of two of at least 2, got {patch}")
+        if len(self.size) != 2 or any(side < 1 or side % patch for side in self.size):
+            raise ValueError(f"image_size must be one or two multiples of patch_size {patch}, got {self.image_size}")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim must be a multiple of num_heads {self.num_heads}, got {self.hidden_dim}")
+        if self.num_layers < stages:
+            raise ValueError(f"num_layers must be at least {stages} for patch_size {patch}, got {self.num_layers}")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be at least 0 and less than 1, got {self.dropout_rate}")
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W), in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -103,48 +72,140 @@ class UNETRConfig:
 
     @property
     def tapped_layers(self) -> tuple[int, ...]:
-        """The layers, counted from 1, whose outputs go to the decoder: 3, 6, 9, 12 as in Figure 2, by default.
-
-        P = 2^n is n halvings, hence n decoder stages, which tap n layers spread evenly over the depth.
-        """
-        stages = self.patch_size.bit_length() - 1
+        """The layers, counted from 1, whose outputs feed the decoder: 3, 6, 9, 12 by default, as in Figure 2."""
+        stages = self.patch_size.bit_length() - 1  # P = 2^n needs n doublings of the resolution, each with its layer
         return tuple(round(self.num_layers * i / stages) for i in range(1, stages + 1))
 
 
-# The coloured blocks of Figure 2
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C*P*P): patches in row-major order, each flattened as (channel, row, column)."""
+    patches = image.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/P, P, W/P, P)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C*P*P)
 
 
-def start_he_normal(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Weights normal with std = sqrt(2 / fan-in) [3], biases zero; PyTorch's own start is smaller and uniform."""
-    nn.init.kaiming_normal_(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
+class PatchEmbed(nn.Module):
+    """Linear projection of the patches, E in eq. 1: (B, C, H, W) -> (B, N, K)."""
+
+    def __init__(self, config: UNETRConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Linear(config.in_channels * config.patch_size**2, config.hidden_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.proj(patchify(image, self.patch_size))
 
 
-class Conv2d(nn.Conv2d):
-    def reset_parameters(self) -> None:  # nn.Conv2d calls this once, so that the weights are drawn once
-        start_he_normal(self)
+class Attention(nn.Module):
+    """Multi-head self-attention, MSA in eq. 2, exchanges information between tokens: (B, N, K) -> (B, N, K)."""
+
+    def __init__(self, config: UNETRConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_dim, 3 * config.hidden_dim)
+        self.proj = nn.Linear(config.hidden_dim, config.hidden_dim)  # W_msa in eq. 6
+
+    def forward(self, z: Tensor) -> Tensor:
+        q, k, v = self.qkv(z).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, K/heads)
+        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, without dropout; fused kernels do not store the N x N matrix
+        z = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
+
+
+class MLP(nn.Module):
+    """The MLP in eq. 3 transforms each token separately: (B, N, K) -> (B, N, K)."""
+
+    def __init__(self, config: UNETRConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_dim, config.mlp_dim)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.fc2 = nn.Linear(config.mlp_dim, config.hidden_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.fc2(self.dropout(nn.functional.gelu(self.fc1(z))))
+
+
+class TransformerBlock(nn.Module):
+    """One Transformer layer, pre-norm, with two residual connections: (B, N, K) -> (B, N, K)."""
+
+    def __init__(self, config: UNETRConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_dim, eps=1e-6)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z + self.dropout(self.attn(self.norm1(z)))  # eq. 2
+        return z + self.dropout(self.mlp(self.norm2(z)))  # eq. 3
+
+
+class ViT(nn.Module):
+    """Vision Transformer [2]: (B, C, H, W) -> the outputs of the tapped layers as feature maps (B, K, H/P, W/P).
+
+    No class token, and no norm after the last layer. H and W may be any multiples of P: the position embedding is
+    resized. Also loads ViT checkpoints with timm's names. Raises ValueError for an image of another shape.
+    """
+
+    def __init__(self, config: UNETRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.hidden_dim))  # E_pos in eq. 1
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.register_load_state_dict_pre_hook(adapt_checkpoint)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        channels, patch, shape = self.config.in_channels, self.config.patch_size, tuple(image.shape)
+        if image.ndim != 4 or shape[1] != channels or any(side < 1 or side % patch for side in shape[2:]):
+            raise ValueError(f"image must be (B, {channels}, H, W) with H and W multiples of {patch}, got {shape}")
+        grid = (shape[2] // patch, shape[3] // patch)
+        z = self.patch_embed(image) + resize_pos_embed(self.pos_embed, self.config.grid, grid)  # z0 in eq. 1
+        z = self.dropout(z)  # (B, N, K)
+        feature_maps = []
+        for layer, block in enumerate(self.blocks, start=1):
+            z = block(z)
+            if layer in self.config.tapped_layers:
+                feature_maps.append(z.transpose(1, 2).unflatten(2, grid))  # (B, K, H/P, W/P)
+        return feature_maps
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Bicubic resizing of a position embedding to another patch grid: (1, N, K) -> (1, new N, K)."""
+    if grid == new_grid:
+        return pos_embed
+    pos_embed = pos_embed.transpose(1, 2).unflatten(2, grid)  # (1, K, rows, columns)
+    return nn.functional.interpolate(pos_embed, size=new_grid, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *args: list) -> None:
+    """Before ViT loads: flatten a patch convolution, drop a class token's position, resize a (square) position grid."""
+    config, weight, pos_embed = vit.config, f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
+    if weight in state_dict and state_dict[weight].shape[1:] == (config.in_channels, *2 * [config.patch_size]):
+        state_dict[weight] = state_dict[weight].flatten(1)
+    if pos_embed in state_dict and f"{prefix}cls_token" in state_dict:
+        state_dict[pos_embed] = state_dict[pos_embed][:, 1:]
+    if pos_embed in state_dict and (n := state_dict[pos_embed].shape[1]) != math.prod(config.grid):
+        if (side := math.isqrt(n)) ** 2 == n:
+            state_dict[pos_embed] = resize_pos_embed(state_dict[pos_embed], (side, side), config.grid)
+        else:
+            args[-1].append(f"{pos_embed} has {n} positions, which are no square grid and so cannot be resized.")
 
 
 class OrangeBlock(nn.Sequential):
     """Orange in Figure 2, conv 3x3, batch norm, ReLU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),  # the norm has a bias
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # the norm has a bias
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class GreenBlock(nn.ConvTranspose2d):
-    """Green in Figure 2, transposed conv 2x2, stride 2: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+    """Green in Figure 2, transposed conv 2x2 with stride 2: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
-
-    def reset_parameters(self) -> None:
-        start_he_normal(self)  # PyTorch's fan-in here is 4 out_channels
 
 
 class BlueBlock(nn.Sequential):
@@ -154,438 +215,309 @@ class BlueBlock(nn.Sequential):
         super().__init__(GreenBlock(in_channels, out_channels), OrangeBlock(out_channels, out_channels))
 
 
-class GreyBlock(Conv2d):
+class GreyBlock(nn.Conv2d):
     """Grey in Figure 2, conv 1x1: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
 
-# Patches and Transformer
+class DecoderStage(nn.Module):
+    """Upsample x, concatenate the skip connection, merge: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
 
-
-def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C*P*P): the patches in row-major order, each as channel, row, column (x_v of eq. 1).
-
-    Raises ValueError where the image has other than four dimensions, or P does not divide H and W.
-    """
-    if image.ndim != 4 or any(side < 1 or side % patch_size for side in image.shape[2:]):
-        raise ValueError(
-            f"the image must have shape (B, C, H, W) with H and W multiples of {patch_size}, got {tuple(image.shape)}"
-        )
-    (batch, channels, height, width), size = image.shape, patch_size
-    patches = image.reshape(batch, channels, height // size, size, width // size, size)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C*P*P)
-
-
-def resize_positions(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """(1, rows*columns, K) -> (1, new rows*columns, K): a table of positions resized bicubically, as in [2], 3.2."""
-    if grid == new_grid:
-        return pos_embed
-    table = torch.unflatten(pos_embed.transpose(1, 2), 2, grid)  # (1, K, rows, columns)
-    return F.interpolate(table, size=new_grid, mode="bicubic").flatten(2).transpose(1, 2)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that starts as a ViT's does, normal of std 0.02, rather than PyTorch's uniform."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, the MSA of eq. 2: (B, N, K) -> (B, N, K)."""
-
-    def __init__(self, config: UNETRConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, skip: nn.Module) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = Linear(config.hidden_dim, 3 * config.hidden_dim)
-        self.proj = Linear(config.hidden_dim, config.hidden_dim)
+        self.up = GreenBlock(in_channels, out_channels)
+        self.skip = skip
+        self.merge1 = OrangeBlock(2 * out_channels, out_channels)
+        self.merge2 = OrangeBlock(out_channels, out_channels)
 
-    def forward(self, z: Tensor) -> Tensor:
-        q, k, v = self.qkv(z).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, K/heads)
-        z = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(K/heads)) v, eq. 4; no N x N matrix stored
-        mixed: Tensor = self.proj(z.transpose(1, 2).flatten(2))  # (B, N, K)
-        return mixed
-
-
-class MLP(nn.Module):
-    """The MLP of eq. 3, Linear, GELU, Linear on each token: (B, N, K) -> (B, N, K)."""
-
-    def __init__(self, config: UNETRConfig) -> None:
-        super().__init__()
-        self.fc1 = Linear(config.hidden_dim, config.mlp_dim)
-        self.fc2 = Linear(config.mlp_dim, config.hidden_dim)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, z: Tensor) -> Tensor:
-        mixed: Tensor = self.fc2(self.dropout(F.gelu(self.fc1(z))))  # (B, N, K)
-        return mixed
-
-
-class TransformerBlock(nn.Module):
-    """One layer of the encoder, pre-norm (eq. 2 and 3): (B, N, K) -> (B, N, K)."""
-
-    def __init__(self, config: UNETRConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_dim)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_dim)
-        self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, z: Tensor) -> Tensor:
-        z = z + self.dropout(self.attn(self.norm1(z)))  # eq. 2
-        z = z + self.dropout(self.mlp(self.norm2(z)))  # eq. 3
-        return z
-
-
-# UNETR
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # (B, 2*out_channels, 2H, 2W)
+        x = self.merge1(x)  # (B, out_channels, 2H, 2W)
+        return self.merge2(x)
 
 
 class UNETR(nn.Module):
-    """The network of Figure 2, in 2D: images (B, C, H, W) -> logits (B, out_channels, H, W).
+    """Images (B, C, H, W) -> logits (B, out_channels, H, W), before sigmoid or softmax. Figure 2, by default in 2D:
 
-    H and W may be any multiples of P: where they are not config.image_size, the positions are resized.
-    Raises ValueError for any other shape.
+    1/1   image ─ orange 64 ─ orange 64 ────────── concat 128 ─ orange 64 ─ orange 64 ─ grey 1 ─ logits
+                                                     └─ green 64 ────────────────────┐
+    1/2   z3 ─ blue 128 ─ blue 128 ─ blue 128 ──── concat 256 ─ orange 128 ─ orange 128
+                                                     └─ green 128 ───────────────────┐
+    1/4   z6 ─ blue 256 ─ blue 256 ─────────────── concat 512 ─ orange 256 ─ orange 256
+                                                     └─ green 256 ───────────────────┐
+    1/8   z9 ─ blue 512 ────────────────────────── concat 1024 ─ orange 512 ─ orange 512
+                                                     └─ green 512 ─┐
+    1/16  z12 ─────────────────────────────────────────────────────┘
     """
 
     def __init__(self, config: UNETRConfig = UNETRConfig()) -> None:
         super().__init__()
         self.config = config
-        channels, hidden, stages = config.in_channels, config.hidden_dim, len(config.tapped_layers)
-
-        self.patch_embed = Linear(channels * config.patch_size**2, hidden)  # E of eq. 1
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), hidden))  # E_pos of eq. 1
-        nn.init.normal_(self.pos_embed, std=0.02)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-
-        # One stage for each halving, from the deepest up: at 1/8, 1/4, 1/2 and 1/1 of the image for P = 16.
-        self.ups, self.skips, self.merges = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        below = hidden
-        for level in reversed(range(stages)):
-            width = config.feature_size * 2**level
-            self.ups.append(GreenBlock(below, width))
-            chain: list[nn.Module]
-            if level:  # from z at 1/P, one doubling for each blue block
-                chain = [BlueBlock(hidden if i == level else width, width) for i in range(level, stages)]
-            else:  # from the image itself
-                chain = [OrangeBlock(channels, width), OrangeBlock(width, width)]
-            self.skips.append(nn.Sequential(*chain))
-            self.merges.append(nn.Sequential(OrangeBlock(2 * width, width), OrangeBlock(width, width)))
-            below = width
-        self.head = GreyBlock(below, config.out_channels)
+        stages, channels = len(config.tapped_layers), config.hidden_dim
+        with torch.device("meta"):  # no memory and no weights yet; initialize() below draws each weight once
+            self.encoder = ViT(config)
+            self.decoder = nn.ModuleList()  # the deepest stage first
+            for level in reversed(range(stages)):  # the stage at 1/2^level of the resolution
+                width = config.feature_size * 2**level
+                if level > 0:  # from a feature map: one blue block per doubling
+                    blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
+                    skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
+                else:  # from the image
+                    skip = nn.Sequential(OrangeBlock(config.in_channels, width), OrangeBlock(width, width))
+                self.decoder.append(DecoderStage(channels, width, skip))
+                channels = width
+            self.head = GreyBlock(channels, config.out_channels)
+        self.to_empty(device=torch.get_default_device())
+        initialize(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        config = self.config
-        if image.ndim != 4 or image.shape[1] != config.in_channels:
-            raise ValueError(
-                f"the image must have shape (B, {config.in_channels}, H, W) with H and W multiples of "
-                f"{config.patch_size}, got {tuple(image.shape)}"
-            )
-        grid = image.shape[2] // config.patch_size, image.shape[3] // config.patch_size
-
-        tokens = self.patch_embed(patchify(image, config.patch_size))  # (B, N, K)
-        z = self.dropout(tokens + resize_positions(self.pos_embed, config.grid, grid))  # z0 of eq. 1
-        features = [image]
-        for layer, block in enumerate(self.blocks, start=1):
-            z = block(z)
-            if layer in config.tapped_layers:
-                features.append(z.transpose(1, 2).unflatten(2, grid))  # (B, K, H/P, W/P)
-
-        x = features.pop()  # z12 climbs from 1/P; image, z3, z6, z9 join it, the deepest first
-        for up, skip, merge in zip(self.ups, self.skips, self.merges, strict=True):
-            x = up(x)  # (B, F * 2^level, H / 2^level, W / 2^level)
-            x = torch.cat([x, skip(features.pop())], dim=1)
-            for orange in merge.children():  # one by one: merge(x) would keep x in memory to its end
-                x = orange(x)
-        logits: Tensor = self.head(x)  # (B, out_channels, H, W)
-        return logits
+        *skips, x = [image, *self.encoder(image)]  # image, z3, z6, z9; z12
+        for stage in self.decoder:
+            x = stage(x, skips.pop())
+        return self.head(x)
 
 
-# Image in, picture out
+def initialize(model: UNETR) -> None:
+    """Initialize all weights so that each layer keeps the variance of its input; biases are zero.
 
-
-def open_image(path: str | Path) -> Image.Image:
-    """The first image in a file, upright by its EXIF tag, with transparent parts black.
-
-    The mode is "RGB"; or "F", in [0, 1], for more than 8 bits a pixel, which are scaled by their own range,
-    since a 12-bit X-ray in a 16-bit file would else come out black. Raises ValueError for no readable image.
+    PyTorch's defaults do not: the logits have a std of 0.004 instead of 0.5 to 0.9, and training is slower.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-        if image.mode[0] in "IF":  # the 16-bit, 32-bit and float modes
-            values = np.asarray(image, dtype=np.float64)
-            finite = values[np.isfinite(values)]
-            if not finite.size:
-                raise ValueError("no pixel of it is a number")
-            low, high = finite.min(), finite.max()
-            values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-            image = Image.fromarray(((values - low) / ((high - low) or 1)).astype(np.float32))
-        else:
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            image = image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        why = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {path} as an image ({why}); a file that Pillow opens would do") from error
-    return image
+    nn.init.normal_(model.encoder.pos_embed, std=0.02)  # as in timm and DeiT
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)  # He [3]: std sqrt(2 / fan-in), for the ReLU that follows
+        elif isinstance(module, nn.ConvTranspose2d):  # no ReLU follows; each output pixel sees one tap per channel
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels))
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            module.reset_parameters()  # weight one, running mean zero, running variance one
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
 
-def to_tensor(image: Image.Image, config: UNETRConfig) -> Tensor:
-    """An image from open_image, resized to the configured size: (1, C, H, W), float32 in [0, 1].
+# Demo
 
-    Raises ValueError where C is neither 1 (grey) nor 3 (RGB).
-    """
-    if config.in_channels not in (1, 3):
-        raise ValueError(
-            f"an image file is read with in_channels 1 (grey) or 3 (RGB), got {config.in_channels}; "
-            f"the class UNETR itself takes any number"
-        )
-    height, width = config.size
-    scale = 1 if image.mode == "F" else 255
-    if image.mode == "RGB" and config.in_channels == 1:
-        image = image.convert("L")
-    pixels = np.atleast_3d(np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32))
-    planes = torch.from_numpy(pixels / scale).permute(2, 0, 1)  # (1 or C, H, W)
-    return planes.expand(config.in_channels, -1, -1).unsqueeze(0).contiguous()
+SAMPLE = Path(__file__).resolve().parent / "sample.png"
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".pdf", ".svg", ".svgz", ".eps", ".ps")
+COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # the colors of Figure 2 in a terminal
+
+
+class InputError(ValueError):
+    """What the user can correct; the command reports it in one sentence."""
 
 
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
-    """An image file as the network takes it: (1, C, H, W), float32 in [0, 1], resized to the configured size.
+    """Read the first frame of an image file, upright, resized to the configured size: (1, C, H, W), from 0 to 1.
 
-    Raises ValueError for what is no readable image, and where C is neither 1 (grey) nor 3 (RGB).
+    Transparent pixels become black. Grayscale of more than 8 bits is min-max scaled, since 12-bit X-rays in 16-bit
+    files are common. Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if it or the
+    configured size has more pixels than Pillow's limit.
     """
-    return to_tensor(open_image(path), config)
+    (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS or math.inf
+    if channels not in (1, 3):
+        raise InputError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {channels}")
+    if height * width > limit:
+        raise InputError(f"image_size must be at most {limit} pixels in all, Pillow's limit, got {height} x {width}")
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():  # by name, Pillow would scramble some rotated TIFFs
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            image.load()
+            with suppress(Exception):  # a damaged EXIF block: the image stays as stored
+                image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
+            values = np.asarray(image, dtype=np.float64)
+            finite = values[np.isfinite(values)]
+            if not finite.size:
+                raise ValueError("no pixel is finite")
+            low, high = finite.min(), finite.max()
+            values = np.nan_to_num(values, nan=low).clip(low, high) - low
+            image = Image.fromarray((values / ((high - low) or 1)).astype(np.float32))
+        else:
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")  # La converts to LA only
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            image = image.convert("L" if channels == 1 else "RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path} is refused: it has more pixels than Pillow's limit of {limit}") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise InputError(f"cannot read {path} as an image: {getattr(error, 'strerror', None) or error}") from error
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+    pixels = np.atleast_3d(pixels / (1 if image.mode == "F" else 255))  # (H, W, 1 or C)
+    return torch.from_numpy(pixels).permute(2, 0, 1).expand(1, channels, height, width).contiguous()
 
 
-def draw(image: Tensor, logits: Tensor, config: UNETRConfig, size: tuple[int, int], trained: bool) -> Figure:
-    """The input (1, C, H, W) under its patch grid, beside the mask that its logits stand for.
-
-    Both are drawn in the size of the image file, (width, height) in pixels; the mask is not smoothed, since there is
-    no class between two classes.
-    """
-    (width, height), (rows, columns) = size, config.grid
-    aspect = min(max(height / width, 0.4), 2.5)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 4.3 * aspect + 0.4), layout="constrained", subplot_kw={"xticks": [], "yticks": []}
-    )
-    extent = (0, width, height, 0)
-
-    left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
-    thin = {"colors": "deepskyblue", "linewidth": 0.4, "alpha": 0.8}  # seen on black and on white
-    left.vlines(np.linspace(0, width, columns + 1), 0, height, **thin)
-    left.hlines(np.linspace(0, height, rows + 1), 0, width, **thin)
-    left.set_title(f"Input: {rows} x {columns} patches of {config.patch_size} x {config.patch_size} pixels")
-
-    if config.out_channels == 1:
-        mask = logits[0, 0].sigmoid().numpy()
-        shown = right.imshow(mask, extent=extent, interpolation="nearest")
-        ticks = np.linspace(mask.min(), mask.max(), 5)
-        figure.colorbar(shown, ticks=ticks, format="%.3f", label="probability")
+def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> plt.Figure:
+    """Plot an image (1, C, H, W) under its patch grid, beside the probability or class map of its logits."""
+    (height, width), (rows, columns), patch = config.size, config.grid, config.patch_size
+    figsize = (10, np.clip(4.4 * height / width, 2, 12) + 0.4)
+    figure, (left, right) = plt.subplots(1, 2, figsize=figsize, layout="constrained", subplot_kw={"frame_on": False})
+    options = {"extent": (0, width, height, 0), "origin": "upper", "interpolation": "nearest"}
+    left.imshow(image[0].permute(1, 2, 0), cmap="gray", vmin=0, vmax=1, **options)
+    left.vlines(range(0, width + 1, patch), 0, height, color="deepskyblue", linewidth=0.4)
+    left.hlines(range(0, height + 1, patch), 0, width, color="deepskyblue", linewidth=0.4)
+    if (classes := config.out_channels) == 1:
+        shown = right.imshow(logits[0, 0].sigmoid(), vmin=0, vmax=1, **options)
+        figure.colorbar(shown, label="probability")
     else:
-        classes = config.out_channels
-        mask = logits[0].argmax(0).numpy()
-        colours = matplotlib.colormaps["turbo"].resampled(classes)
-        shown = right.imshow(mask, extent=extent, interpolation="nearest", cmap=colours, vmin=-0.5, vmax=classes - 0.5)
-        figure.colorbar(shown, ticks=range(0, classes, math.ceil(classes / 20)), label="class")
-    right.set_title("Mask" if trained else "Mask of the untrained network: it means nothing yet")
+        options |= {"cmap": plt.get_cmap("turbo", classes), "vmin": -0.5, "vmax": classes - 0.5}
+        shown = right.imshow(logits[0].argmax(0), **options)
+        figure.colorbar(shown, label="class", ticks=range(0, classes, math.ceil(classes / 20)))
+    left.set(title=f"Input: {rows} x {columns} patches of {patch} x {patch} pixels", xticks=[], yticks=[])
+    right.set(title="Output" if trained else "Output of the untrained network: meaningless", xticks=[], yticks=[])
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the picture in the format that the ending names. What stood there is replaced only by a whole picture."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        partial = Path(folder, path.name)
-        figure.savefig(partial)
-        partial.replace(path)
+def save(figure: plt.Figure, path: Path) -> None:
+    """Write the figure as a whole or not at all. A file that it replaces hands on its permissions."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            complete = Path(folder, path.name)
+            figure.savefig(complete)
+            if path.exists():
+                complete.chmod(path.stat().st_mode)
+            complete.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-# The command line
+def print_stages(model: UNETR, color: bool) -> None:
+    """Register forward hooks that print each stage as it finishes, without touching the model code."""
 
-SAMPLE = Path(__file__).resolve().parent / "sample.png"
+    def watch(module: nn.Module, stage: str, blocks: str) -> None:
+        for word, number in COLORS.items() if color else ():
+            blocks = blocks.replace(word, f"\033[30;48;5;{number}m {word} \033[0m")
 
-COLOURS = {  # as in Figure 2: the word, the terminal's number for the colour, what the block is
-    OrangeBlock: ("orange", 208, "conv 3x3, batch norm, ReLU"),
-    GreenBlock: ("green", 71, "transposed conv 2x2"),
-    BlueBlock: ("blue", 68, "green, then orange"),
-    GreyBlock: ("grey", 246, "conv 1x1"),
-}
+        def show(module: nn.Module, args: tuple, output: Tensor) -> None:
+            print(f"{stage:<11} {tuple(args[0].shape)!s:<19} {tuple(output.shape)!s:<19} {blocks}", flush=True)
 
+        module.register_forward_hook(show)
 
-def watch(model: UNETR, colour: bool) -> None:
-    """Have a line printed for each stage when it is done: its name, its shape and the blocks that led to it.
-
-    Hooks on the parts do it, so that the model knows nothing of it. A block is a square in colour, or a word.
-    """
-
-    def mark(block: type[nn.Module]) -> str:
-        word, number, _ = COLOURS[block]
-        return f"\033[48;5;{number}m  \033[0m" if colour else word
-
-    def show(stage: str, tensor: Tensor, blocks: Iterable[nn.Module] = ()) -> None:
-        marks = " ".join(mark(type(block)) for block in blocks)
-        print(f"{stage:<10}  {tuple(tensor.shape)!s:<20}  {marks}".rstrip(), flush=True)
-
-    def show_output(module: nn.Module, stage: str, blocks: Iterable[nn.Module] = ()) -> None:
-        module.register_forward_hook(lambda module, args, output: show(stage, output, blocks))
-
-    print("; ".join(f"{mark(block)}: {what}" for block, (_, _, what) in COLOURS.items()))
-    print(f"{'stage':<10}  {'shape':<20}  blocks")
-    model.patch_embed.register_forward_pre_hook(lambda module, args: show("patches", args[0]))
-    show_output(model.dropout, "tokens z0")
+    print("orange: conv 3x3, batch norm, ReLU; green: transposed conv 2x2; blue: green, orange; grey: conv 1x1")
+    print("stage       input               output              blocks")
+    watch(model.encoder.patch_embed.proj, "patch embed", "linear")
     for layer in model.config.tapped_layers:
-        show_output(model.blocks[layer - 1], f"z{layer}")
-    scale = model.config.patch_size
-    for up, skip, merge in zip(model.ups, model.skips, model.merges, strict=True):
-        scale //= 2
-        show_output(skip, f"skip 1/{scale}", [*skip.children()])
-        *_, last = oranges = [*merge.children()]
-        show_output(last, f"merge 1/{scale}", [up, *oranges])
-    show_output(model.head, "output", [model.head])
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of that name, by default the accelerator that PyTorch finds, else the CPU."""
-    found = ["cpu"]
-    if accelerator := torch.accelerator.current_accelerator(check_available=True):
-        numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-        found = [accelerator.type, *numbered, "cpu"]
-    if name is not None and name not in found:
-        raise ValueError(f"device must be one that is there, got {name!r}; {' or '.join(found)} would do")
-    return torch.device(found[0] if name is None else name)
+        watch(model.encoder.blocks[layer - 1], f"z{layer}", f"Transformer layer {layer}")
+    for i, stage in enumerate(model.decoder, start=1):
+        scale = model.config.patch_size // 2**i
+        watch(stage.skip, f"skip 1/{scale}", " ".join(["blue"] * i) if scale > 1 else "orange orange")
+        watch(stage, f"merge 1/{scale}", "green orange orange")
+    watch(model.head, "head", "grey")
 
 
 def load_weights(model: UNETR, path: Path) -> None:
-    """Load a state_dict that torch.save wrote. A pickle of anything but weights is refused, and not run."""
+    """Load a state_dict saved with torch.save. Any other pickle is refused and not executed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that other programs wrote: they are refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as there are kinds of damage
+        reason = getattr(error, "strerror", None) or "it is not a state_dict saved with torch.save"
+        raise InputError(f"cannot read the weights {path}: {reason}") from error
+    try:
+        model.load_state_dict(state_dict, assign=True)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        differences = " ".join(line.strip()[:180] for line in str(error).splitlines()[:4])
+        raise InputError(f"{path} does not match this configuration: {differences}") from error
+
+
+def check_output(path: Path, inputs: list[Path]) -> None:
+    """Raise InputError, before the forward pass, if the figure cannot be written to path or would replace an input."""
+    if path.suffix.lower() not in EXTENSIONS:
+        raise InputError(f"the output extension must be one of {', '.join(EXTENSIONS)}, got {path.name!r}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.exists():
+            path.open("ab").close()
+            if any(file.exists() and file.samefile(path) for file in inputs):
+                raise InputError(f"the output must not replace an input, got {path} for both")
     except OSError as error:
-        raise ValueError(f"cannot read the weights {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged file fails in as many ways as there are damages
-        would_do = "a file that torch.save(model.state_dict(), FILE) wrote would do"
-        raise ValueError(f"{path} holds no weights, or is damaged; {would_do}") from error
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        differences = " ".join(textwrap.shorten(line, 180) for line in str(error).splitlines()[:4])
-        raise ValueError(f"{path} does not fit; weights of this configuration would do: {differences}") from error
-
-
-def check_output(path: Path, inputs: Iterable[Path]) -> None:
-    """Raise ValueError for a path that the picture can't be written to, or that is one of the inputs."""
-    endings = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.is_dir():
-        raise ValueError(f"the output must be a file, got the folder {path}; {path / 'unetr-2d.png'} would do")
-    if path.suffix[1:].lower() not in endings:
-        raise ValueError(f"the output's ending must be one of {', '.join(endings)}, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"the output's folder {path.parent} does not exist; make it first, or name another")
-    if not all(os.access(place, os.W_OK) for place in (path.parent, path) if place.exists()):
-        raise ValueError(f"the output {path} may not be written; another name would do")
-    if path in inputs:
-        raise ValueError(f"the output must not replace an input, got {path} for both; another name would do")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists what would do")
-
-
-def number(text: str) -> object:
-    """'256' -> 256, '0.1' -> 0.1, '192x256' -> (192, 256); the rest stays text, which the configuration refuses."""
-    for read in (int, float, lambda text: tuple(int(side) for side in text.split("x"))):
-        try:
-            return read(text)
-        except ValueError:
-            pass
-    return text
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="UNETR-2D.py",
-        description="Take an image apart into patches, run UNETR on it, untrained by default, and plot image and mask.",
-    )
-    add = parser.add_argument
-    add("image", type=Path, nargs="?", default=SAMPLE, help="any that Pillow opens (default: sample.png by the script)")
-    add("--output", type=Path, default="unetr-2d.png", metavar="FILE", help="PNG, PDF, ... (default: %(default)s)")
-    add("--weights", type=Path, metavar="FILE", help="a state_dict to load (default: none, untrained)")
-    add("--device", metavar="D", help="cpu, cuda, mps, ... (default: the accelerator that PyTorch finds, else cpu)")
-    add("--seed", type=number, default=0, metavar="N", help="of the untrained weights (default: %(default)s)")
-    add("--no-show", action="store_true", help="open no window (default: open one where there is a screen)")
-    network = parser.add_argument_group("the network")
-    for name, annotation in get_type_hints(UNETRConfig, include_extras=True).items():
-        option, default = f"--{name.replace('_', '-')}", getattr(UNETRConfig, name)
-        hint = f"{annotation.__metadata__[0]} (default: %(default)s)"
-        network.add_argument(option, type=number, default=default, metavar="N", help=hint)
-    return parser.parse_args(argv)
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def run(args: argparse.Namespace) -> None:
-    config = UNETRConfig(**{name: getattr(args, name) for name in UNETRConfig.__dataclass_fields__})
-    if not isinstance(args.seed, int) or not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {args.seed!r}; 0 would do")
+    try:
+        config = UNETRConfig(**{field.name: getattr(args, field.name) for field in fields(UNETRConfig)})
+    except ValueError as error:
+        raise InputError(error) from error
     output = args.output.resolve()
-    check_output(output, [path.resolve() for path in (args.image, args.weights) if path])
-    device = find_device(args.device)
-    file = open_image(args.image)
-    image = to_tensor(file, config)
-
-    torch.manual_seed(args.seed)
-    model = UNETR(config).eval()
+    check_output(output, [path for path in (args.image, args.weights) if path])
+    image = load_image(args.image, config)
     if args.weights:
+        with torch.device("meta"):  # no initialization of weights that are replaced
+            model = UNETR(config)
         load_weights(model, args.weights)
-    layout = torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
-    nn.utils.convert_conv2d_weight_memory_format(model.to(device), layout)
+    else:
+        torch.manual_seed(args.seed)
+        model = UNETR(config)
+    model.eval().to(args.device, torch.float32)
 
     print(config)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
     print(f"weights: {args.weights or f'untrained, seed {args.seed}'}")
-    print(f"image: {args.image}, {file.width} x {file.height} pixels, read as {tuple(image.shape)}\n")
-    watch(model, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    print(f"image: {args.image}, resized to {config.size[0]} x {config.size[1]} pixels\n")
+    print_stages(model, color=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     start = time.perf_counter()
     with torch.inference_mode():
-        logits = model(image.to(device, memory_format=layout)).cpu()
+        logits = model(image.to(args.device)).cpu()
     print(f"\nforward pass: {time.perf_counter() - start:.2f} s")
-
-    try:
-        plt.switch_backend("agg" if args.no_show else plt.get_backend())
-    except ImportError:  # the backend that the user chose needs a screen, and there is none
-        plt.switch_backend("agg")
-    figure = draw(image, logits, config, file.size, trained=args.weights is not None)
+    figure = draw(image, logits, config, trained=args.weights is not None)
     save(figure, output)
-    print(f"picture: {output}")
-    if figure.canvas.required_interactive_framework:
+    print(f"figure: {output}")
+    if not args.no_show:
         plt.show()
-    plt.close(figure)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after one sentence on standard error."""
+def image_size(text: str) -> int | tuple[int, int]:
+    """'256' -> 256, '192x256' -> (192, 256)."""
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 2 after the usage and one sentence on standard error."""
+    default, devices = "(default: %(default)s)", ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+        devices = [accelerator.type, *numbered, "cpu"]
+    description = "Split an image into patches, run UNETR on it, untrained by default, and plot image and output."
+    parser = argparse.ArgumentParser("UNETR-2D.py", "%(prog)s [image] [options]", description)
+    add = parser.add_argument
+    add("image", type=Path, nargs="?", default=SAMPLE, help="image file (default: sample.png next to the script)")
+    add("--output", type=Path, default="unetr-2d.png", help=f"figure file: PNG, PDF, SVG, ... {default}")
+    add("--weights", type=Path, help="file with a state_dict to load (default: none, untrained)")
+    add("--device", choices=devices, default=devices[0], help=f"cpu, cuda, cuda:1, mps, ... {default}")
+    add("--seed", type=int, default=0, help=f"random seed for the weights {default}")
+    add("--no-show", action="store_true", help="open no window (default: open one if a display is available)")
+    add = parser.add_argument_group("network").add_argument
+    add("--image-size", type=image_size, default=256, help=f"H and W in pixels: 256 or 192x256 {default}")
+    add("--patch-size", type=int, default=16, help=f"P in pixels, a power of two {default}")
+    add("--in-channels", type=int, default=3, help=f"C: 1 for grayscale, 3 for RGB {default}")
+    add("--out-channels", type=int, default=1, help=f"1 for a binary mask, otherwise one per class {default}")
+    add("--hidden-dim", type=int, default=768, help=f"K, the length of a token {default}")
+    add("--num-layers", type=int, default=12, help=f"L, Transformer layers {default}")
+    add("--num-heads", type=int, default=12, help=f"attention heads per layer {default}")
+    add("--mlp-dim", type=int, default=3072, help=f"hidden units of each MLP {default}")
+    add("--dropout-rate", type=float, default=0.0, help=f"without effect on a forward pass like this one {default}")
+    add("--feature-size", type=int, default=64, help=f"F, the decoder's channels at full resolution {default}")
     try:
-        run(parse(argv))
-    except (ValueError, OSError) as error:
+        run(parser.parse_args(argv))
+        return 0
+    except SystemExit as done:  # --help, or an error that argparse has reported
+        return int(done.code or 0)
+    except InputError as error:
         sentence = " ".join(str(error).split())
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise
-        sentence = "this network and image size need more memory than there is; smaller sizes would do"
-    else:
-        return 0
-    print(f"UNETR-2D.py: error: {sentence}", file=sys.stderr)
+        sentence = "the network and its image need more memory than is available"
+    parser.print_usage(sys.stderr)
+    print(f"{parser.prog}: error: {sentence}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    gc.freeze()  # nor is it searched when the command ends
-    gc.enable()
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what its encoding lacks
     sys.exit(main())
