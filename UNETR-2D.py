@@ -1,14 +1,15 @@
 """UNETR in 2D: image segmentation with a Vision Transformer as the encoder and a U-Net-style CNN as the decoder.
 
-[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504. All equations and figures cited below are from it.
-[2] Dosovitskiy et al., "An Image is Worth 16x16 Words" (ViT), https://arxiv.org/abs/2010.11929.
-[3] He et al., "Delving Deep into Rectifiers" (He initialization), https://arxiv.org/abs/1502.01852.
+[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504: the paper of all equations and figures cited here.
+[2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929: ViT.
+[3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852: He initialization.
 
 Shapes: batch size B, image channels C, image size H x W in pixels, patch size P, number of tokens N = (H/P)(W/P),
-hidden size K (the length of a token).
+hidden size K (the embedding dimension), h x w the size of any feature map.
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class UNETRConfig:
-    """Sizes of the network, by default those of the paper's ViT-B/16. Raises ValueError for an invalid value."""
+    """Sizes of the network, by default those of the paper (ViT-B/16). Raises ValueError for a value out of range."""
 
     image_size: int | tuple[int, int] = 256  # H = W, or (H, W), in pixels
     patch_size: int = 16  # P, in pixels
@@ -37,7 +38,7 @@ class UNETRConfig:
     out_channels: int = 1  # channels of the logits: 1 for a binary mask, otherwise one per class
     hidden_dim: int = 768  # K
     num_layers: int = 12  # L
-    num_heads: int = 12  # attention heads per layer, of K / num_heads dimensions each
+    num_heads: int = 12  # attention heads per layer, of dimension K / num_heads
     mlp_dim: int = 3072  # hidden units of the MLP in each layer
     dropout_rate: float = 0.0  # in the encoder only
     feature_size: int = 64  # F, the decoder's channels at full resolution; they double at each coarser resolution
@@ -73,7 +74,7 @@ class UNETRConfig:
     @property
     def tapped_layers(self) -> tuple[int, ...]:
         """The layers, counted from 1, whose outputs feed the decoder: 3, 6, 9, 12 by default, as in Figure 2."""
-        stages = self.patch_size.bit_length() - 1  # P = 2^n needs n doublings of the resolution, each with its layer
+        stages = self.patch_size.bit_length() - 1  # P = 2^n: n doublings of the resolution
         return tuple(round(self.num_layers * i / stages) for i in range(1, stages + 1))
 
 
@@ -84,7 +85,7 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of the patches, E in eq. 1: (B, C, H, W) -> (B, N, K)."""
+    """Linear projection of the patches, E in eq. 1, like a P x P convolution of stride P: (B, C, H, W) -> (B, N, K)."""
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, MSA in eq. 2, exchanges information between tokens: (B, N, K) -> (B, N, K)."""
+    """Multi-head self-attention, MSA in eq. 2: exchanges information between tokens. (B, N, K) -> (B, N, K)."""
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
@@ -105,14 +106,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_dim, config.hidden_dim)  # W_msa in eq. 6
 
     def forward(self, z: Tensor) -> Tensor:
-        q, k, v = self.qkv(z).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, K/heads)
-        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, without dropout; fused kernels do not store the N x N matrix
+        qkv = self.qkv(z).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, K/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, K/heads)
+        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. Fused kernels do not store the N x N matrix.
         z = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
 
 
 class MLP(nn.Module):
-    """The MLP in eq. 3 transforms each token separately: (B, N, K) -> (B, N, K)."""
+    """The MLP in eq. 3: transforms each token separately. (B, N, K) -> (B, N, K)."""
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(config.hidden_dim, eps=1e-6)  # the epsilon of ViT
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_dim, eps=1e-6)
         self.mlp = MLP(config)
@@ -141,17 +143,18 @@ class TransformerBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer [2]: (B, C, H, W) -> the outputs of the tapped layers as feature maps (B, K, H/P, W/P).
+    """Vision Transformer [2], without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
-    No class token, and no norm after the last layer. H and W may be any multiples of P: the position embedding is
-    resized. Also loads ViT checkpoints with timm's names. Raises ValueError for an image of another shape.
+    H and W may be any multiples of P; the position embedding is resized if they are not the configured size. Raises
+    ValueError for an image of any other shape. To load a ViT checkpoint with timm's names: load_state_dict(...,
+    strict=False), which leaves its class token, final norm, and head unused.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.hidden_dim))  # E_pos in eq. 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos in eq. 1
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.register_load_state_dict_pre_hook(adapt_checkpoint)
@@ -168,78 +171,84 @@ class ViT(nn.Module):
             z = block(z)
             if layer in self.config.tapped_layers:
                 feature_maps.append(z.transpose(1, 2).unflatten(2, grid))  # (B, K, H/P, W/P)
-        return feature_maps
+        return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Bicubic resizing of a position embedding to another patch grid: (1, N, K) -> (1, new N, K)."""
+    """Resize a position embedding to another grid, bicubically without antialiasing: (1, N, K) -> (1, new N, K)."""
     if grid == new_grid:
         return pos_embed
     pos_embed = pos_embed.transpose(1, 2).unflatten(2, grid)  # (1, K, rows, columns)
     return nn.functional.interpolate(pos_embed, size=new_grid, mode="bicubic").flatten(2).transpose(1, 2)
 
 
-def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *args: list) -> None:
-    """Before ViT loads: flatten a patch convolution, drop a class token's position, resize a (square) position grid."""
-    config, weight, pos_embed = vit.config, f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
-    if weight in state_dict and state_dict[weight].shape[1:] == (config.in_channels, *2 * [config.patch_size]):
-        state_dict[weight] = state_dict[weight].flatten(1)
-    if pos_embed in state_dict and f"{prefix}cls_token" in state_dict:
-        state_dict[pos_embed] = state_dict[pos_embed][:, 1:]
-    if pos_embed in state_dict and (n := state_dict[pos_embed].shape[1]) != math.prod(config.grid):
-        if (side := math.isqrt(n)) ** 2 == n:
-            state_dict[pos_embed] = resize_pos_embed(state_dict[pos_embed], (side, side), config.grid)
-        else:
-            args[-1].append(f"{pos_embed} has {n} positions, which are no square grid and so cannot be resized.")
+def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> None:
+    """Called before a ViT loads a checkpoint: adapt a patch convolution, and positions of another square grid."""
+    config, tokens = vit.config, math.prod(vit.config.grid)
+    weight, pos_embed = state_dict.get(f"{prefix}patch_embed.proj.weight"), state_dict.get(f"{prefix}pos_embed")
+    if weight is not None and weight.shape[1:] == (config.in_channels, config.patch_size, config.patch_size):
+        state_dict[f"{prefix}patch_embed.proj.weight"] = weight.flatten(1)
+    if pos_embed is None or pos_embed.shape[1] == tokens:
+        return
+    if f"{prefix}cls_token" in state_dict:
+        pos_embed = pos_embed[:, 1:]
+    side = math.isqrt(pos_embed.shape[1])
+    if pos_embed.shape[1] not in (tokens, side**2):
+        raise ValueError(f"{prefix}pos_embed must have {tokens} positions or a square number, got {pos_embed.shape[1]}")
+    grid = config.grid if pos_embed.shape[1] == tokens else (side, side)
+    state_dict[f"{prefix}pos_embed"] = resize_pos_embed(pos_embed, grid, config.grid)
 
 
 class OrangeBlock(nn.Sequential):
-    """Orange in Figure 2, conv 3x3, batch norm, ReLU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+    """Orange in Figure 2, conv 3x3, batch norm, ReLU: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # the norm has a bias
+        # a bias would be redundant before batch norm
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class GreenBlock(nn.ConvTranspose2d):
-    """Green in Figure 2, transposed conv 2x2 with stride 2: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+    """Green in Figure 2, transposed conv 2x2 with stride 2: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
 
 class BlueBlock(nn.Sequential):
-    """Blue in Figure 2, green then orange: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+    """Blue in Figure 2, green then orange: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(GreenBlock(in_channels, out_channels), OrangeBlock(out_channels, out_channels))
 
 
 class GreyBlock(nn.Conv2d):
-    """Grey in Figure 2, conv 1x1: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+    """Grey in Figure 2, conv 1x1: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
 
 class DecoderStage(nn.Module):
-    """Upsample x, concatenate the skip connection, merge: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W)."""
+    """Upsample x, concatenate the skip connection, merge: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int, skip: nn.Module) -> None:
         super().__init__()
         self.up = GreenBlock(in_channels, out_channels)
-        self.skip = skip
+        self.skip = skip  # -> (B, out_channels, 2h, 2w)
         self.merge1 = OrangeBlock(2 * out_channels, out_channels)
         self.merge2 = OrangeBlock(out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # (B, 2*out_channels, 2H, 2W)
-        x = self.merge1(x)  # (B, out_channels, 2H, 2W)
+        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # (B, 2*out_channels, 2h, 2w)
+        x = self.merge1(x)  # (B, out_channels, 2h, 2w); without gradients, the concatenation is released here
         return self.merge2(x)
 
 
 class UNETR(nn.Module):
-    """Images (B, C, H, W) -> logits (B, out_channels, H, W), before sigmoid or softmax. Figure 2, by default in 2D:
+    """Images (B, C, H, W) -> logits (B, out_channels, H, W), to which the caller applies sigmoid or softmax.
+
+    Figure 2 in 2D, with resolutions and output channels for the default sizes; z3 to z12 have 768 channels:
 
     1/1   image ─ orange 64 ─ orange 64 ────────── concat 128 ─ orange 64 ─ orange 64 ─ grey 1 ─ logits
                                                      └─ green 64 ────────────────────┐
@@ -256,41 +265,40 @@ class UNETR(nn.Module):
         super().__init__()
         self.config = config
         stages, channels = len(config.tapped_layers), config.hidden_dim
-        with torch.device("meta"):  # no memory and no weights yet; initialize() below draws each weight once
-            self.encoder = ViT(config)
-            self.decoder = nn.ModuleList()  # the deepest stage first
-            for level in reversed(range(stages)):  # the stage at 1/2^level of the resolution
-                width = config.feature_size * 2**level
-                if level > 0:  # from a feature map: one blue block per doubling
-                    blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
-                    skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
-                else:  # from the image
-                    skip = nn.Sequential(OrangeBlock(config.in_channels, width), OrangeBlock(width, width))
-                self.decoder.append(DecoderStage(channels, width, skip))
-                channels = width
-            self.head = GreyBlock(channels, config.out_channels)
-        self.to_empty(device=torch.get_default_device())
-        initialize(self)
+        self.encoder = ViT(config)
+        self.decoder = nn.ModuleList()  # the deepest stage first
+        for level in reversed(range(stages)):  # the stage at 1/2^level of the resolution
+            width = config.feature_size * 2**level
+            if level > 0:  # from a feature map: one blue block per doubling
+                blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
+                skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
+            else:  # from the image
+                skip = nn.Sequential(OrangeBlock(config.in_channels, width), OrangeBlock(width, width))
+            self.decoder.append(DecoderStage(channels, width, skip))
+            channels = width
+        self.head = GreyBlock(channels, config.out_channels)
+        if not self.head.weight.is_meta:  # on PyTorch's meta device there are no weights yet
+            initialize(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        *skips, x = [image, *self.encoder(image)]  # image, z3, z6, z9; z12
+        *skips, x = [image, *self.encoder(image)]  # skips: image, z3, z6, z9; x: z12
         for stage in self.decoder:
             x = stage(x, skips.pop())
         return self.head(x)
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize all weights so that each layer keeps the variance of its input; biases are zero.
+    """Initialize all weights: as in ViT for the encoder, preserving the variance in the decoder. All biases are zero.
 
-    PyTorch's defaults do not: the logits have a std of 0.004 instead of 0.5 to 0.9, and training is slower.
+    With PyTorch's defaults, the logits start with a std of 0.004 instead of 0.5 to 0.9, and training is slower.
     """
-    nn.init.normal_(model.encoder.pos_embed, std=0.02)  # as in timm and DeiT
+    nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # He [3]: std sqrt(2 / fan-in), for the ReLU that follows
-        elif isinstance(module, nn.ConvTranspose2d):  # no ReLU follows; each output pixel sees one tap per channel
+            nn.init.kaiming_normal_(module.weight)  # He [3]: std sqrt(2 / fan-in)
+        elif isinstance(module, nn.ConvTranspose2d):  # kernel = stride: each output pixel is a sum over in_channels
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels))
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()  # weight one, running mean zero, running variance one
@@ -366,7 +374,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
         shown = right.imshow(logits[0].argmax(0), **options)
         figure.colorbar(shown, label="class", ticks=range(0, classes, math.ceil(classes / 20)))
     left.set(title=f"Input: {rows} x {columns} patches of {patch} x {patch} pixels", xticks=[], yticks=[])
-    right.set(title="Output" if trained else "Output of the untrained network: meaningless", xticks=[], yticks=[])
+    right.set(title="Output" if trained else "Untrained network: meaningless until trained", xticks=[], yticks=[])
     return figure
 
 
@@ -416,7 +424,7 @@ def load_weights(model: UNETR, path: Path) -> None:
         raise InputError(f"cannot read the weights {path}: {reason}") from error
     try:
         model.load_state_dict(state_dict, assign=True)
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         differences = " ".join(line.strip()[:180] for line in str(error).splitlines()[:4])
         raise InputError(f"{path} does not match this configuration: {differences}") from error
 
@@ -443,13 +451,15 @@ def run(args: argparse.Namespace) -> None:
     output = args.output.resolve()
     check_output(output, [path for path in (args.image, args.weights) if path])
     image = load_image(args.image, config)
+    with torch.device("meta"):  # shapes alone, so that weights are drawn once, or not at all
+        model = UNETR(config)
     if args.weights:
-        with torch.device("meta"):  # no initialization of weights that are replaced
-            model = UNETR(config)
         load_weights(model, args.weights)
     else:
+        empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(empty, assign=True)  # to_empty() would do the same after importing for half a second
         torch.manual_seed(args.seed)
-        model = UNETR(config)
+        initialize(model)
     model.eval().to(args.device, torch.float32)
 
     print(config)
@@ -520,4 +530,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what its encoding lacks
+    gc.freeze()  # at exit, what is imported is not searched for garbage
     sys.exit(main())
