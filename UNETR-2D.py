@@ -363,15 +363,15 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
     figsize = (10, np.clip(4.4 * height / width, 2, 12) + 0.4)
     figure, (left, right) = plt.subplots(1, 2, figsize=figsize, layout="constrained", subplot_kw={"frame_on": False})
     options = {"extent": (0, width, height, 0), "origin": "upper", "interpolation": "nearest"}
-    left.imshow(image[0].permute(1, 2, 0), cmap="gray", vmin=0, vmax=1, **options)
+    left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, **options)
     left.vlines(range(0, width + 1, patch), 0, height, color="deepskyblue", linewidth=0.4)
     left.hlines(range(0, height + 1, patch), 0, width, color="deepskyblue", linewidth=0.4)
     if (classes := config.out_channels) == 1:
-        shown = right.imshow(logits[0, 0].sigmoid(), vmin=0, vmax=1, **options)
+        shown = right.imshow(logits[0, 0].sigmoid().numpy(), vmin=0, vmax=1, **options)
         figure.colorbar(shown, label="probability")
     else:
         options |= {"cmap": plt.get_cmap("turbo", classes), "vmin": -0.5, "vmax": classes - 0.5}
-        shown = right.imshow(logits[0].argmax(0), **options)
+        shown = right.imshow(logits[0].argmax(0).numpy(), **options)
         figure.colorbar(shown, label="class", ticks=range(0, classes, math.ceil(classes / 20)))
     left.set(title=f"Input: {rows} x {columns} patches of {patch} x {patch} pixels", xticks=[], yticks=[])
     right.set(title="Output" if trained else "Untrained network: meaningless until trained", xticks=[], yticks=[])
@@ -448,6 +448,8 @@ def run(args: argparse.Namespace) -> None:
         config = UNETRConfig(**{field.name: getattr(args, field.name) for field in fields(UNETRConfig)})
     except ValueError as error:
         raise InputError(error) from error
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"seed must be from 0 to 2**63 - 1, got {args.seed}")
     output = args.output.resolve()
     check_output(output, [path for path in (args.image, args.weights) if path])
     image = load_image(args.image, config)

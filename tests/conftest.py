@@ -1,5 +1,6 @@
-"""What the tests share: the script as a module, and a configuration small enough to run many times."""
+"""Shared by all tests: the script as a module, and a configuration that is small enough to run many times."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -8,11 +9,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["MPLBACKEND"] = "agg"  # here and in every command that a test starts
+os.environ["MPLBACKEND"] = "agg"  # in this process and in every command that a test starts
 sys.path.insert(0, str(ROOT))
+unetr = importlib.import_module("UNETR-2D")
 
-# hidden_dim, num_layers and the rest as small as patch_size 32 (five stages) allows
 SMALL = dict(image_size=64, hidden_dim=24, num_layers=5, num_heads=3, mlp_dim=40, feature_size=4)
+OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def small(**sizes):
+    return unetr.UNETRConfig(**{**SMALL, **sizes})
 
 
 def largest_difference(ours, theirs):
@@ -24,7 +30,7 @@ def largest_difference(ours, theirs):
 def device(request):
     if request.param == "cpu":
         return torch.device("cpu")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         pytest.skip("PyTorch finds no accelerator on this machine")
-    return found
+    return accelerator

@@ -1,0 +1,91 @@
+"""Checkpoints: another image size, a ViT with timm's names; whatever does not fit is an error, never silently random."""
+
+import pytest
+import torch
+from conftest import small, unetr
+
+CONFIG = small(image_size=(64, 96), num_layers=4)
+
+
+def vit_checkpoint(grid=(3, 3), cls_token=True, **changed):
+    """Random tensors with the names and shapes of a timm ViT: patch size 16, 24 dimensions, 4 layers."""
+    tokens = grid[0] * grid[1] + cls_token
+    shapes = {
+        "pos_embed": (1, tokens, 24), "patch_embed.proj.weight": (24, 3, 16, 16), "patch_embed.proj.bias": (24,),
+        "norm.weight": (24,), "norm.bias": (24,), "head.weight": (10, 24), "head.bias": (10,),
+    }  # fmt: skip
+    if cls_token:
+        shapes["cls_token"] = (1, 1, 24)
+    for i in range(4):
+        for name, rows, columns in (
+            ("attn.qkv", 72, 24),
+            ("attn.proj", 24, 24),
+            ("mlp.fc1", 40, 24),
+            ("mlp.fc2", 24, 40),
+        ):
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{name}.weight": (24,), f"blocks.{i}.{name}.bias": (24,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=generator) for name, shape in {**shapes, **changed}.items()}
+
+
+def resized(positions, grid, new_grid):
+    """(N, K) -> (new N, K), written independently of the script."""
+    image = positions.T.reshape(1, -1, *grid)
+    return torch.nn.functional.interpolate(image, size=new_grid, mode="bicubic").flatten(2)[0].T
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (4, 6), (9, 9)])
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_a_vit_checkpoint_fills_the_encoder(grid, cls_token):
+    vit, model = vit_checkpoint(grid, cls_token), unetr.UNETR(CONFIG)
+    before = {name: tensor.clone() for name, tensor in vit.items()}
+    result = model.encoder.load_state_dict(vit, strict=False)
+    unused = {"norm.weight", "norm.bias", "head.weight", "head.bias"} | ({"cls_token"} if cls_token else set())
+    assert result.missing_keys == [] and set(result.unexpected_keys) == unused
+    loaded = model.encoder.state_dict()
+    for name in set(vit) - unused - {"pos_embed"}:
+        assert torch.equal(loaded[name].flatten(), vit[name].flatten()), name
+    positions = vit["pos_embed"][0, cls_token:]
+    torch.testing.assert_close(
+        loaded["pos_embed"][0], resized(positions, grid, (4, 6)) if grid != (4, 6) else positions
+    )
+    assert all(torch.equal(vit[name], tensor) for name, tensor in before.items())  # the caller's tensors are unchanged
+    tile = torch.rand(1, 3, 16, 16)
+    expected = torch.nn.functional.conv2d(tile, vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"], stride=16)
+    torch.testing.assert_close(model.encoder.patch_embed(tile)[0, 0], expected.flatten())
+
+
+@pytest.mark.parametrize("new_size", [96, (48, 112)])
+def test_a_checkpoint_of_another_image_size_is_the_same_network(new_size):
+    model, other = unetr.UNETR(small()).eval(), unetr.UNETR(small(image_size=new_size)).eval()
+    other.load_state_dict(model.state_dict())
+    image = torch.rand(1, 3, *other.config.size)
+    torch.testing.assert_close(other(image), model(image))  # which resizes its position embedding at run time
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(pos_embed=(1, 16, 24)), "pos_embed must have 24 positions or a square number, got 15"),
+        (dict(pos_embed=(1, 26, 48)), r"size mismatch for pos_embed"),
+        ({"patch_embed.proj.weight": (24, 12, 8, 8)}, "size mismatch for patch_embed.proj.weight"),  # as many numbers
+        ({"patch_embed.proj.weight": (24, 3, 8, 8)}, "size mismatch for patch_embed.proj.weight"),
+        ({"blocks.0.mlp.fc1.weight": (41, 24)}, "size mismatch for blocks.0.mlp.fc1.weight"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_an_error(changed, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        unetr.UNETR(CONFIG).encoder.load_state_dict(vit_checkpoint(**changed), strict=False)
+
+
+def test_a_name_that_does_not_fit_is_reported():
+    vit = vit_checkpoint()
+    vit["blocks.0.attn.query.weight"] = vit.pop("blocks.0.attn.qkv.weight")
+    result = unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False)
+    assert (
+        result.missing_keys == ["blocks.0.attn.qkv.weight"] and "blocks.0.attn.query.weight" in result.unexpected_keys
+    )
+    del vit["pos_embed"]
+    assert "pos_embed" in unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False).missing_keys
