@@ -1,11 +1,11 @@
 """UNETR in 2D: image segmentation with a Vision Transformer as the encoder and a U-Net-style CNN as the decoder.
 
-[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504: the paper of all equations and figures cited here.
+[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504: source of all equations and figures cited here.
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929: ViT.
 [3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852: He initialization.
 
 Shapes: batch size B, image channels C, image size H x W in pixels, patch size P, number of tokens N = (H/P)(W/P),
-hidden size K (the embedding dimension), h x w the size of any feature map.
+hidden size K (the embedding dimension), feature map size h x w.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class UNETRConfig:
-    """Sizes of the network, by default those of the paper (ViT-B/16). Raises ValueError for a value out of range."""
+    """Hyperparameters; the encoder is ViT-B/16 by default, as in the paper. Raises ValueError for an invalid value."""
 
     image_size: int | tuple[int, int] = 256  # H = W, or (H, W), in pixels
     patch_size: int = 16  # P, in pixels
@@ -40,7 +40,7 @@ class UNETRConfig:
     num_layers: int = 12  # L
     num_heads: int = 12  # attention heads per layer, of dimension K / num_heads
     mlp_dim: int = 3072  # hidden units of the MLP in each layer
-    dropout_rate: float = 0.0  # in the encoder only
+    dropout_rate: float = 0.0  # of embeddings, attention and MLP outputs, and MLP hidden units; none in the decoder
     feature_size: int = 64  # F, the decoder's channels at full resolution; they double at each coarser resolution
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of the patches, E in eq. 1, like a P x P convolution of stride P: (B, C, H, W) -> (B, N, K)."""
+    """Linear projection of the patches, E in eq. 1, equivalent to a P x P convolution: (B, C, H, W) -> (B, N, K)."""
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         qkv = self.qkv(z).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, K/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, K/heads)
-        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. Fused kernels do not store the N x N matrix.
+        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, without dropout. Fused kernels do not store the N x N matrix.
         z = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
 
@@ -145,9 +145,9 @@ class TransformerBlock(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer [2], without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
-    H and W may be any multiples of P; the position embedding is resized if they are not the configured size. Raises
-    ValueError for an image of any other shape. To load a ViT checkpoint with timm's names: load_state_dict(...,
-    strict=False), which leaves its class token, final norm, and head unused.
+    H and W may be any multiples of P; if H x W is not the configured size, the position embedding is resized. Raises
+    ValueError for an image of any other shape. model.encoder.load_state_dict(..., strict=False) loads a plain ViT
+    checkpoint with timm's names, leaving its class token, final norm, and head unused.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -183,7 +183,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[i
 
 
 def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> None:
-    """Called before a ViT loads a checkpoint: adapt a patch convolution, and positions of another square grid."""
+    """Before a ViT loads a checkpoint: flatten a patch convolution, and resize positions of another, square grid."""
     config, tokens = vit.config, math.prod(vit.config.grid)
     weight, pos_embed = state_dict.get(f"{prefix}patch_embed.proj.weight"), state_dict.get(f"{prefix}pos_embed")
     if weight is not None and weight.shape[1:] == (config.in_channels, config.patch_size, config.patch_size):
@@ -191,7 +191,7 @@ def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> Non
     if pos_embed is None or pos_embed.shape[1] == tokens:
         return
     if f"{prefix}cls_token" in state_dict:
-        pos_embed = pos_embed[:, 1:]
+        pos_embed = pos_embed[:, 1:]  # without the class token's
     side = math.isqrt(pos_embed.shape[1])
     if pos_embed.shape[1] not in (tokens, side**2):
         raise ValueError(f"{prefix}pos_embed must have {tokens} positions or a square number, got {pos_embed.shape[1]}")
@@ -200,7 +200,7 @@ def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> Non
 
 
 class OrangeBlock(nn.Sequential):
-    """Orange in Figure 2, conv 3x3, batch norm, ReLU: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+    """Orange in Figure 2 (conv 3x3, batch norm, ReLU): (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         # a bias would be redundant before batch norm
@@ -209,21 +209,21 @@ class OrangeBlock(nn.Sequential):
 
 
 class GreenBlock(nn.ConvTranspose2d):
-    """Green in Figure 2, transposed conv 2x2 with stride 2: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
+    """Green in Figure 2 (transposed conv 2x2, stride 2): (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
 
 class BlueBlock(nn.Sequential):
-    """Blue in Figure 2, green then orange: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
+    """Blue in Figure 2 (green, then orange): (B, in_channels, h, w) -> (B, out_channels, 2h, 2w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(GreenBlock(in_channels, out_channels), OrangeBlock(out_channels, out_channels))
 
 
 class GreyBlock(nn.Conv2d):
-    """Grey in Figure 2, conv 1x1: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+    """Grey in Figure 2 (conv 1x1): (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
@@ -240,15 +240,16 @@ class DecoderStage(nn.Module):
         self.merge2 = OrangeBlock(out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # (B, 2*out_channels, 2h, 2w)
+        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # upsampled first: (B, 2*out_channels, 2h, 2w)
         x = self.merge1(x)  # (B, out_channels, 2h, 2w); without gradients, the concatenation is released here
         return self.merge2(x)
 
 
 class UNETR(nn.Module):
-    """Images (B, C, H, W) -> logits (B, out_channels, H, W), to which the caller applies sigmoid or softmax.
+    """Images (B, C, H, W) -> logits (B, out_channels, H, W); sigmoid or softmax is up to the caller.
 
-    Figure 2 in 2D, with resolutions and output channels for the default sizes; z3 to z12 have 768 channels:
+    Figure 2 in 2D at the default sizes, with the output channels of each block. All z have 768 channels at 1/16;
+    each green block takes the output of the row below it:
 
     1/1   image ─ orange 64 ─ orange 64 ────────── concat 128 ─ orange 64 ─ orange 64 ─ grey 1 ─ logits
                                                      └─ green 64 ────────────────────┐
@@ -269,7 +270,7 @@ class UNETR(nn.Module):
         self.decoder = nn.ModuleList()  # the deepest stage first
         for level in reversed(range(stages)):  # the stage at 1/2^level of the resolution
             width = config.feature_size * 2**level
-            if level > 0:  # from a feature map: one blue block per doubling
+            if level > 0:  # from z: stages - level blue blocks, each doubling the resolution
                 blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
                 skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
             else:  # from the image
@@ -277,7 +278,7 @@ class UNETR(nn.Module):
             self.decoder.append(DecoderStage(channels, width, skip))
             channels = width
         self.head = GreyBlock(channels, config.out_channels)
-        if not self.head.weight.is_meta:  # on PyTorch's meta device there are no weights yet
+        if not self.head.weight.is_meta:  # on the meta device, weights have no values yet
             initialize(self)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -288,9 +289,9 @@ class UNETR(nn.Module):
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize all weights: as in ViT for the encoder, preserving the variance in the decoder. All biases are zero.
+    """Initialize all weights: std 0.02 in the encoder, as in timm; preserving the scale in the decoder; biases zero.
 
-    With PyTorch's defaults, the logits start with a std of 0.004 instead of 0.5 to 0.9, and training is slower.
+    With PyTorch's defaults, a new network in eval mode has logits of std 0.004, not 0.5 to 0.9, and learns more slowly.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -298,7 +299,7 @@ def initialize(model: UNETR) -> None:
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)  # He [3]: std sqrt(2 / fan-in)
-        elif isinstance(module, nn.ConvTranspose2d):  # kernel = stride: each output pixel is a sum over in_channels
+        elif isinstance(module, nn.ConvTranspose2d):  # each output pixel sums one tap per input channel
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels))
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()  # weight one, running mean zero, running variance one
@@ -314,11 +315,11 @@ COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # the colors of 
 
 
 class InputError(ValueError):
-    """What the user can correct; the command reports it in one sentence."""
+    """An error that the user can correct, reported by the command in one sentence."""
 
 
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
-    """Read the first frame of an image file, upright, resized to the configured size: (1, C, H, W), from 0 to 1.
+    """Read the first frame of an image file, upright, resized to the configured size: (1, C, H, W), in [0, 1].
 
     Transparent pixels become black. Grayscale of more than 8 bits is min-max scaled, since 12-bit X-rays in 16-bit
     files are common. Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if it or the
@@ -330,11 +331,11 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     if height * width > limit:
         raise InputError(f"image_size must be at most {limit} pixels in all, Pillow's limit, got {height} x {width}")
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():  # by name, Pillow would scramble some rotated TIFFs
+        with open(path, "rb") as file, warnings.catch_warnings():  # given a path, Pillow scrambles some rotated TIFFs
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file)
             image.load()
-            with suppress(Exception):  # a damaged EXIF block: the image stays as stored
+            with suppress(Exception):  # with a damaged EXIF block, keep the image as stored
                 image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
             values = np.asarray(image, dtype=np.float64)
@@ -379,7 +380,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write the figure as a whole or not at all. A file that it replaces hands on its permissions."""
+    """Write the figure as a whole or not at all. The permissions of a replaced file are kept."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             complete = Path(folder, path.name)
@@ -388,11 +389,11 @@ def save(figure: plt.Figure, path: Path) -> None:
                 complete.chmod(path.stat().st_mode)
             complete.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def print_stages(model: UNETR, color: bool) -> None:
-    """Register forward hooks that print each stage as it finishes, without touching the model code."""
+    """Print a header, and register forward hooks that print each stage as it finishes."""
 
     def watch(module: nn.Module, stage: str, blocks: str) -> None:
         for word, number in COLORS.items() if color else ():
@@ -416,10 +417,10 @@ def print_stages(model: UNETR, color: bool) -> None:
 
 
 def load_weights(model: UNETR, path: Path) -> None:
-    """Load a state_dict saved with torch.save. Any other pickle is refused and not executed."""
+    """Load a state_dict saved with torch.save. Any other pickle is refused, never executed."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in as many ways as there are kinds of damage
+    except Exception as error:  # a damaged file can raise almost anything
         reason = getattr(error, "strerror", None) or "it is not a state_dict saved with torch.save"
         raise InputError(f"cannot read the weights {path}: {reason}") from error
     try:
@@ -440,7 +441,7 @@ def check_output(path: Path, inputs: list[Path]) -> None:
             if any(file.exists() and file.samefile(path) for file in inputs):
                 raise InputError(f"the output must not replace an input, got {path} for both")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -453,13 +454,13 @@ def run(args: argparse.Namespace) -> None:
     output = args.output.resolve()
     check_output(output, [path for path in (args.image, args.weights) if path])
     image = load_image(args.image, config)
-    with torch.device("meta"):  # shapes alone, so that weights are drawn once, or not at all
+    with torch.device("meta"):  # shapes only: weights are initialized once, or not at all if loaded
         model = UNETR(config)
     if args.weights:
         load_weights(model, args.weights)
     else:
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
-        model.load_state_dict(empty, assign=True)  # to_empty() would do the same after importing for half a second
+        model.load_state_dict(empty, assign=True)  # like to_empty(), whose imports take half a second
         torch.manual_seed(args.seed)
         initialize(model)
     model.eval().to(args.device, torch.float32)
@@ -489,7 +490,7 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, or 2 after the usage and one sentence on standard error."""
+    """The command. Returns its exit status: 0, or 2 after printing the usage and one sentence to standard error."""
     default, devices = "(default: %(default)s)", ["cpu"]
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
@@ -512,7 +513,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--num-layers", type=int, default=12, help=f"L, Transformer layers {default}")
     add("--num-heads", type=int, default=12, help=f"attention heads per layer {default}")
     add("--mlp-dim", type=int, default=3072, help=f"hidden units of each MLP {default}")
-    add("--dropout-rate", type=float, default=0.0, help=f"without effect on a forward pass like this one {default}")
+    add("--dropout-rate", type=float, default=0.0, help=f"no effect here, since nothing is trained {default}")
     add("--feature-size", type=int, default=64, help=f"F, the decoder's channels at full resolution {default}")
     try:
         run(parser.parse_args(argv))
@@ -531,6 +532,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what its encoding lacks
-    gc.freeze()  # at exit, what is imported is not searched for garbage
+    sys.stdout.reconfigure(errors="backslashreplace")  # for file names that it cannot encode
+    gc.freeze()  # saves the garbage collection of imported modules at exit
     sys.exit(main())

@@ -26,6 +26,11 @@ def largest_difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["cpu", "accelerator"])
 def device(request):
     if request.param == "cpu":
