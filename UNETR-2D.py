@@ -24,7 +24,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 
@@ -53,7 +53,8 @@ class UNETRConfig:
         if patch < 2 or patch.bit_count() != 1:
             raise ValueError(f"patch_size must be a power of two of at least 2, got {patch}")
         if len(self.size) != 2 or any(side < 1 or side % patch for side in self.size):
-            raise ValueError(f"image_size must be one or two multiples of patch_size {patch}, got {self.image_size}")
+            rule = f"one or two positive multiples of patch_size {patch}"
+            raise ValueError(f"image_size must be {rule}, got {self.image_size}")
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim must be a multiple of num_heads {self.num_heads}, got {self.hidden_dim}")
         if self.num_layers < stages:
@@ -351,6 +352,8 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
             image = image.convert("L" if channels == 1 else "RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path} is refused: it has more pixels than Pillow's limit of {limit}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} must be an image file in a format that Pillow reads") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise InputError(f"cannot read {path} as an image: {getattr(error, 'strerror', None) or error}") from error
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)

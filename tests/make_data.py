@@ -1,4 +1,4 @@
-"""Make sample.png and tests/data from the ICBM 152 template in the package nilearn: pip install nilearn==0.14.1
+"""Make sample.png and tests/data from the skull-stripped ICBM 152 template in nilearn: pip install nilearn==0.14.1
 
 python tests/make_data.py
 """
@@ -8,23 +8,23 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 TESTS = Path(__file__).resolve().parent
 NOTICE = " ".join((TESTS / "data/LICENSE").read_text(encoding="utf-8").split())
 TITLE = "ICBM 152 2009a nonlinear symmetric {}, axial {}; from nilearn 0.14.1"
 
 
-def volume(kind: str) -> np.ndarray:
-    """(x, y, z) in steps of 1 mm, from left, back and below; 0 mm is at (98, 134, 72)."""
+def load_volume(kind: str) -> np.ndarray:
+    """(x, y, z) in voxels of 1 mm, from left, back and below; the origin is voxel (98, 134, 72)."""
     file = files("nilearn") / f"datasets/data/mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
     values = np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=352)
     return values.reshape((197, 233, 189), order="F")
 
 
-def axial(kind: str, millimetres: int) -> Image.Image:
-    """A slice seen from above, front of the head at the top."""
-    return Image.fromarray(np.ascontiguousarray(volume(kind)[:, ::-1, millimetres + 72].T))
+def axial_slice(kind: str, z: int) -> Image.Image:
+    """The slice at z mm, seen from above, anterior at the top: 197 x 233 pixels."""
+    return Image.fromarray(np.ascontiguousarray(load_volume(kind)[:, ::-1, z + 72].T))
 
 
 def save(image: Image.Image, path: Path, title: str) -> None:
@@ -35,15 +35,16 @@ def save(image: Image.Image, path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    sample = axial("t1", 20).resize((296, 350), Image.Resampling.BICUBIC)
-    save(sample, TESTS.parent / "sample.png", TITLE.format("T1 template", "slice at z = +20 mm"))
+    sample = axial_slice("t1", 20).resize((296, 350), Image.Resampling.BICUBIC)
+    sample = ImageOps.pad(sample, (350, 350))  # black margins left and right
+    save(sample, TESTS.parent / "sample.png", TITLE.format("T1 template, skull-stripped", "slice at z = +20 mm"))
 
     # 48 slices, 8 in a row, each 192 x 224 mm in pixels of 2 mm
-    for kind, name in (("t1", "T1 template"), ("gm", "grey matter map > 0.5")):
+    for kind, name in (("t1", "T1 template"), ("gm", "gray matter map > 0.5")):
         sheet = Image.new("L", (8 * 96, 6 * 112))
-        for number, z in enumerate(range(-30, 66, 2)):
-            slice_ = axial(kind, z).crop((2, 4, 194, 228)).reduce(2)
-            sheet.paste(slice_, (number % 8 * 96, number // 8 * 112))
+        for i, z in enumerate(range(-30, 66, 2)):
+            cropped = axial_slice(kind, z).crop((2, 4, 194, 228)).reduce(2)
+            sheet.paste(cropped, (i % 8 * 96, i // 8 * 112))
         if kind == "gm":
             sheet = sheet.point(lambda value: 255 * (value > 127.5)).convert("1")
         save(sheet, TESTS / f"data/{kind}.png", TITLE.format(name, "slices from z = -30 mm up to 64 mm, every 2 mm"))
