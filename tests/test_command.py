@@ -207,6 +207,16 @@ def test_memory_beyond_the_machine_is_one_sentence(here, capsys):
     assert "memory" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_device_is_the_available_accelerator_by_default(monkeypatch, capsys):
+    for available, default in ((None, "cpu"), (torch.device("cuda"), "cuda")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available, found=available: found)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert unetr.main(["--help"]) == 0
+        assert f"(default: {default})" in " ".join(capsys.readouterr().out.split("--seed")[0].split()[-3:])
+    assert unetr.main(["--device", "cuda:2"]) == 2
+    assert re.search(r"choose from '?cuda'?, '?cuda:0'?, '?cuda:1'?, '?cpu'?\)", capsys.readouterr().err)
+
+
 def saved(state):
     torch.save(state, "w.pt")
     return "w.pt"
