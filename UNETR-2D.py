@@ -40,7 +40,7 @@ class UNETRConfig:
     num_layers: int = 12  # L
     num_heads: int = 12  # attention heads per layer, of dimension K / num_heads
     mlp_dim: int = 3072  # hidden units of the MLP in each layer
-    dropout_rate: float = 0.0  # of embeddings, attention and MLP outputs, and MLP hidden units; none in the decoder
+    dropout_rate: float = 0.0  # on embeddings, attention outputs, MLP hidden units and MLP outputs; encoder only
     feature_size: int = 64  # F, the decoder's channels at full resolution; they double at each coarser resolution
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class UNETRConfig:
                 raise ValueError(f"{name} must be from 1 to 1000000, got {getattr(self, name)}")
         patch, stages = self.patch_size, len(self.tapped_layers)
         if patch < 2 or patch.bit_count() != 1:
-            raise ValueError(f"patch_size must be a power of two of at least 2, got {patch}")
+            raise ValueError(f"patch_size must be a power of two, at least 2, got {patch}")
         if len(self.size) != 2 or any(side < 1 or side % patch for side in self.size):
             rule = f"one or two positive multiples of patch_size {patch}"
             raise ValueError(f"image_size must be {rule}, got {self.image_size}")
@@ -109,7 +109,7 @@ class Attention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         qkv = self.qkv(z).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, K/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, K/heads)
-        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, without dropout. Fused kernels do not store the N x N matrix.
+        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. Fused kernels never store the N x N matrix.
         z = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
 
@@ -132,7 +132,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_dim, eps=1e-6)  # the epsilon of ViT
+        self.norm1 = nn.LayerNorm(config.hidden_dim, eps=1e-6)  # ViT's epsilon
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_dim, eps=1e-6)
         self.mlp = MLP(config)
@@ -144,11 +144,11 @@ class TransformerBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer [2], without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
+    """Vision Transformer [2] with no class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
-    H and W may be any multiples of P; if H x W is not the configured size, the position embedding is resized. Raises
-    ValueError for an image of any other shape. model.encoder.load_state_dict(..., strict=False) loads a plain ViT
-    checkpoint with timm's names, leaving its class token, final norm, and head unused.
+    H and W must be multiples of P; the position embedding is resized if H x W is not the configured size. Raises
+    ValueError for any other image shape. model.encoder.load_state_dict(..., strict=False) loads a plain ViT checkpoint
+    with timm's names, leaving its class token, final norm, and head unused.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -176,7 +176,7 @@ class ViT(nn.Module):
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize a position embedding to another grid, bicubically without antialiasing: (1, N, K) -> (1, new N, K)."""
+    """Resize a position embedding to another grid (bicubic, no antialiasing): (1, N, K) -> (1, new N, K)."""
     if grid == new_grid:
         return pos_embed
     pos_embed = pos_embed.transpose(1, 2).unflatten(2, grid)  # (1, K, rows, columns)
@@ -184,20 +184,19 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[i
 
 
 def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before a ViT loads a checkpoint: flatten a patch convolution, and resize positions of another, square grid."""
+    """Before a ViT loads a checkpoint, flatten its patch convolution and resize a square position grid to fit."""
     config, tokens = vit.config, math.prod(vit.config.grid)
     weight, pos_embed = state_dict.get(f"{prefix}patch_embed.proj.weight"), state_dict.get(f"{prefix}pos_embed")
     if weight is not None and weight.shape[1:] == (config.in_channels, config.patch_size, config.patch_size):
         state_dict[f"{prefix}patch_embed.proj.weight"] = weight.flatten(1)
-    if pos_embed is None or pos_embed.shape[1] == tokens:
-        return
-    if f"{prefix}cls_token" in state_dict:
-        pos_embed = pos_embed[:, 1:]  # without the class token's
-    side = math.isqrt(pos_embed.shape[1])
-    if pos_embed.shape[1] not in (tokens, side**2):
-        raise ValueError(f"{prefix}pos_embed must have {tokens} positions or a square number, got {pos_embed.shape[1]}")
-    grid = config.grid if pos_embed.shape[1] == tokens else (side, side)
-    state_dict[f"{prefix}pos_embed"] = resize_pos_embed(pos_embed, grid, config.grid)
+    if pos_embed is not None:
+        if f"{prefix}cls_token" in state_dict:
+            pos_embed = pos_embed[:, 1:]  # drop the class token
+        side = math.isqrt(pos_embed.shape[1])
+        if pos_embed.shape[1] not in (tokens, side**2):
+            raise ValueError(f"pos_embed must have {tokens} or a square number of positions, got {pos_embed.shape[1]}")
+        grid = config.grid if pos_embed.shape[1] == tokens else (side, side)
+        state_dict[f"{prefix}pos_embed"] = resize_pos_embed(pos_embed, grid, config.grid)
 
 
 class OrangeBlock(nn.Sequential):
@@ -241,7 +240,7 @@ class DecoderStage(nn.Module):
         self.merge2 = OrangeBlock(out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # upsampled first: (B, 2*out_channels, 2h, 2w)
+        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # x, then skip: (B, 2*out_channels, 2h, 2w)
         x = self.merge1(x)  # (B, out_channels, 2h, 2w); without gradients, the concatenation is released here
         return self.merge2(x)
 
@@ -269,9 +268,9 @@ class UNETR(nn.Module):
         stages, channels = len(config.tapped_layers), config.hidden_dim
         self.encoder = ViT(config)
         self.decoder = nn.ModuleList()  # the deepest stage first
-        for level in reversed(range(stages)):  # the stage at 1/2^level of the resolution
+        for level in reversed(range(stages)):  # the stage at 1/2^level resolution
             width = config.feature_size * 2**level
-            if level > 0:  # from z: stages - level blue blocks, each doubling the resolution
+            if level > 0:  # from z: (stages - level) blue blocks, each upsampling by 2
                 blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
                 skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
             else:  # from the image
@@ -290,9 +289,9 @@ class UNETR(nn.Module):
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize all weights: std 0.02 in the encoder, as in timm; preserving the scale in the decoder; biases zero.
+    """Initialize all weights: std 0.02 in the encoder, scale-preserving in the decoder; norms one; biases zero.
 
-    With PyTorch's defaults, a new network in eval mode has logits of std 0.004, not 0.5 to 0.9, and learns more slowly.
+    With PyTorch's defaults, the initial logits have std 0.004 in eval mode, not 0.5 to 0.9, and training is slower.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -323,16 +322,16 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     """Read the first frame of an image file, upright, resized to the configured size: (1, C, H, W), in [0, 1].
 
     Transparent pixels become black. Grayscale of more than 8 bits is min-max scaled, since 12-bit X-rays in 16-bit
-    files are common. Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if it or the
-    configured size has more pixels than Pillow's limit.
+    files are common. Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if the file
+    or the configured size exceeds Pillow's pixel limit.
     """
     (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS or math.inf
     if channels not in (1, 3):
         raise InputError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {channels}")
     if height * width > limit:
-        raise InputError(f"image_size must be at most {limit} pixels in all, Pillow's limit, got {height} x {width}")
+        raise InputError(f"image_size must be within Pillow's limit of {limit} pixels, got {height} x {width}")
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():  # given a path, Pillow scrambles some rotated TIFFs
+        with open(path, "rb") as file, warnings.catch_warnings():  # Image.open(path) scrambles some rotated TIFFs
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file)
             image.load()
@@ -383,7 +382,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write the figure as a whole or not at all. The permissions of a replaced file are kept."""
+    """Write the figure as a whole or not at all, keeping the permissions of a replaced file."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             complete = Path(folder, path.name)
@@ -425,7 +424,7 @@ def load_weights(model: UNETR, path: Path) -> None:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
         reason = getattr(error, "strerror", None) or "it is not a state_dict saved with torch.save"
-        raise InputError(f"cannot read the weights {path}: {reason}") from error
+        raise InputError(f"cannot load the weights {path}: {reason}") from error
     try:
         model.load_state_dict(state_dict, assign=True)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -457,13 +456,13 @@ def run(args: argparse.Namespace) -> None:
     output = args.output.resolve()
     check_output(output, [path for path in (args.image, args.weights) if path])
     image = load_image(args.image, config)
-    with torch.device("meta"):  # shapes only: weights are initialized once, or not at all if loaded
+    with torch.device("meta"):  # shapes only, so that weights are drawn once, or not at all if loaded
         model = UNETR(config)
     if args.weights:
         load_weights(model, args.weights)
     else:
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
-        model.load_state_dict(empty, assign=True)  # like to_empty(), whose imports take half a second
+        model.load_state_dict(empty, assign=True)  # to_empty() would spend half a second on imports
         torch.manual_seed(args.seed)
         initialize(model)
     model.eval().to(args.device, torch.float32)
@@ -498,13 +497,13 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator := torch.accelerator.current_accelerator(check_available=True):
         numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
         devices = [accelerator.type, *numbered, "cpu"]
-    description = "Split an image into patches, run UNETR on it, untrained by default, and plot image and output."
+    description = "Split an image into patches, run UNETR (untrained by default), and plot input and output."
     parser = argparse.ArgumentParser("UNETR-2D.py", "%(prog)s [image] [options]", description)
     add = parser.add_argument
     add("image", type=Path, nargs="?", default=SAMPLE, help="image file (default: sample.png next to the script)")
     add("--output", type=Path, default="unetr-2d.png", help=f"figure file: PNG, PDF, SVG, ... {default}")
     add("--weights", type=Path, help="file with a state_dict to load (default: none, untrained)")
-    add("--device", choices=devices, default=devices[0], help=f"cpu, cuda, cuda:1, mps, ... {default}")
+    add("--device", choices=devices, default=devices[0], help=f"where to run {default}")
     add("--seed", type=int, default=0, help=f"random seed for the weights {default}")
     add("--no-show", action="store_true", help="open no window (default: open one if a display is available)")
     add = parser.add_argument_group("network").add_argument
@@ -512,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--patch-size", type=int, default=16, help=f"P in pixels, a power of two {default}")
     add("--in-channels", type=int, default=3, help=f"C: 1 for grayscale, 3 for RGB {default}")
     add("--out-channels", type=int, default=1, help=f"1 for a binary mask, otherwise one per class {default}")
-    add("--hidden-dim", type=int, default=768, help=f"K, the length of a token {default}")
+    add("--hidden-dim", type=int, default=768, help=f"K, the hidden size {default}")
     add("--num-layers", type=int, default=12, help=f"L, Transformer layers {default}")
     add("--num-heads", type=int, default=12, help=f"attention heads per layer {default}")
     add("--mlp-dim", type=int, default=3072, help=f"hidden units of each MLP {default}")
@@ -536,5 +535,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for file names that it cannot encode
-    gc.freeze()  # saves the garbage collection of imported modules at exit
+    gc.freeze()  # skips the garbage collection of imported modules at exit
     sys.exit(main())

@@ -57,6 +57,13 @@ def test_a_vit_checkpoint_fills_the_encoder(grid, cls_token):
     torch.testing.assert_close(model.encoder.patch_embed(tile)[0, 0], expected.flatten())
 
 
+def test_the_class_token_is_dropped_even_if_the_numbers_of_positions_are_equal():
+    model = unetr.UNETR(small(image_size=(32, 80), num_layers=4))  # 10 positions, like 3 x 3 and a class token
+    vit = vit_checkpoint((3, 3))
+    model.encoder.load_state_dict(vit, strict=False)
+    torch.testing.assert_close(model.encoder.pos_embed[0], resized(vit["pos_embed"][0, 1:], (3, 3), (2, 5)))
+
+
 @pytest.mark.parametrize("new_size", [96, (48, 112)])
 def test_a_checkpoint_of_another_image_size_is_the_same_network(new_size):
     model, other = unetr.UNETR(small()).eval(), unetr.UNETR(small(image_size=new_size)).eval()
@@ -68,7 +75,7 @@ def test_a_checkpoint_of_another_image_size_is_the_same_network(new_size):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(pos_embed=(1, 16, 24)), "pos_embed must have 24 positions or a square number, got 15"),
+        (dict(pos_embed=(1, 16, 24)), "pos_embed must have 24 or a square number of positions, got 15"),
         (dict(pos_embed=(1, 26, 48)), r"size mismatch for pos_embed"),
         ({"patch_embed.proj.weight": (24, 12, 8, 8)}, "size mismatch for patch_embed.proj.weight"),  # as many numbers
         ({"patch_embed.proj.weight": (24, 3, 8, 8)}, "size mismatch for patch_embed.proj.weight"),

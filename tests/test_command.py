@@ -235,7 +235,7 @@ def wrapped():
     return {f"module.{name}": weight for name, weight in state().items()}
 
 
-INVALID_WEIGHTS = r"cannot read the weights w\.pt: it is not a state_dict saved with torch\.save"
+INVALID_WEIGHTS = r"cannot load the weights w\.pt: it is not a state_dict saved with torch\.save"
 BAD = {
     "image missing": (["none.png"], r"cannot read none\.png as an image: No such file or directory"),
     "image empty": (lambda: [written("e.png", b"")], r"e\.png must be an image file in a format that Pillow reads"),
@@ -246,8 +246,8 @@ BAD = {
     "size": (["--image-size", "250x256"], r"image_size must be one or two positive multiples of patch_size 16, got \(250, 256\)"),
     **{f"size {text}": (["--image-size", text], rf"argument --image-size: must be SIDE or HEIGHTxWIDTH in pixels, got '{text}'")
        for text in ("64x", "32X64", "x", "1x2x3", "large", "8.5")},
-    "size beyond memory": (["--image-size", 1_000_000], r"image_size must be at most 89478485 pixels in all, .*"),
-    "patch size": (["--patch-size", 12], r"patch_size must be a power of two of at least 2, got 12"),
+    "size beyond memory": (["--image-size", 1_000_000], r"image_size must be within Pillow's limit of 89478485 pixels, got 1000000 x 1000000"),
+    "patch size": (["--patch-size", 12], r"patch_size must be a power of two, at least 2, got 12"),
     "negative": (["--mlp-dim", -4], r"mlp_dim must be from 1 to 1000000, got -4"),
     "not a number": (["--hidden-dim", "big"], r"argument --hidden-dim: invalid int value: 'big'"),
     "seed": (["--seed", -1], r"seed must be from 0 to 2\*\*63 - 1, got -1"),
@@ -256,8 +256,8 @@ BAD = {
     "device meta": (["--device", "meta"], r"argument --device: invalid choice: 'meta' .*"),
     "unknown option": (["--color"], r"unrecognized arguments: --color"),
     "option without value": (["--seed"], r"argument --seed: expected one argument"),
-    "weights missing": (["--weights", "w.pt"], r"cannot read the weights w\.pt: No such file or directory"),
-    "weights a folder": (["--weights", "."], r"cannot read the weights \.: Is a directory"),
+    "weights missing": (["--weights", "w.pt"], r"cannot load the weights w\.pt: No such file or directory"),
+    "weights a folder": (["--weights", "."], r"cannot load the weights \.: Is a directory"),
     "weights empty": (lambda: ["--weights", written("w.pt", b"")], INVALID_WEIGHTS),
     "weights damaged": (lambda: ["--weights", written("w.pt")], INVALID_WEIGHTS),
     "weights an object": (lambda: ["--weights", saved({"x": Path("y")})], INVALID_WEIGHTS),
@@ -267,7 +267,7 @@ BAD = {
     "weights of another configuration": (lambda: ["--weights", saved(state(**{"head.weight": torch.zeros(2, 4, 1, 1)}))],
                                          r"w\.pt does not match this configuration: .*size mismatch for head\.weight.*"),
     "weights with positions of no square": (lambda: ["--weights", saved(state(**{"encoder.pos_embed": torch.zeros(1, 15, 24)}))],
-                                            r"w\.pt does not match .* must have 16 positions or a square number, got 15"),
+                                            r"w\.pt does not match .* must have 16 or a square number of positions, got 15"),
     "weights of a wrapped model": (lambda: ["--weights", saved(wrapped())],
                                    r'w\.pt does not match .* Missing key.*"encoder\.pos_embed", .*Unexpected key.*"module\..*'),
     "output folder missing": (["--output", "none/o.png"], r"cannot write .*o\.png: No such file or directory"),

@@ -175,7 +175,7 @@ COUNTS = ("in_channels", "out_channels", "hidden_dim", "num_layers", "num_heads"
 INVALID = [
     *((dict([(name, value)]), f"{name} must be from 1 to 1000000, got {value}") for name in COUNTS for value in (0, -4)),
     (dict(mlp_dim=1_000_001), "mlp_dim must be from 1 to 1000000, got 1000001"),
-    *((dict(patch_size=value), f"patch_size must be a power of two of at least 2, got {value}") for value in (12, 1, 0, -16)),
+    *((dict(patch_size=value), f"patch_size must be a power of two, at least 2, got {value}") for value in (12, 1, 0, -16)),
     *((dict(image_size=value), f"image_size must be one or two positive multiples of patch_size 16, got {value}")
       for value in (250, 0, -16, (256, 7), (250, 256), (0, 64), (64, 64, 64), (64,))),
     (dict(num_heads=7), "hidden_dim must be a multiple of num_heads 7, got 768"),
