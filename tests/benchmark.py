@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import matplotlib.pyplot as plt
-import monai
 import torch
 from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ def build(side: str, config: Config, batch: int, device: str = "cpu") -> tuple[n
     if side == "here":
         model = unetr.UNETR(config)
     else:
+        import monai  # not in the processes of this network, whose peak memory is measured too
+
         sizes = dict(feature_size=config.feature_size, hidden_size=config.hidden_dim)
         sizes |= dict(mlp_dim=config.mlp_dim, num_heads=config.num_heads)
         model = monai.networks.nets.UNETR(3, 1, config.image_size, norm_name="batch", spatial_dims=2, **sizes)
@@ -256,7 +258,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:
     print(f"date: {time.strftime('%Y-%m-%d')}")
     print(f"machine: {model[1] if model else platform.processor()}, {platform.system()}, {os.cpu_count()} cores")
     print(f"threads: {torch.get_num_threads()}")
-    print(f"versions: Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}")
+    print(f"versions: Python {platform.python_version()}, torch {torch.__version__}, MONAI {version('monai')}")
     rows, growth = measure_forward(plan)
     rows += measure_training(plan) + measure_command(plan)
     if torch.cuda.is_available():

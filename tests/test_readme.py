@@ -59,7 +59,7 @@ def test_figure_is_what_the_script_draws_today(run):
 
 
 def test_terminal_output_is_that_of_a_run(run):
-    (shown,) = [block for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL) if "patch embed" in block]
+    (shown,) = [block for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL) if "merge 1/8" in block]
     pattern = ".*\n".join(".*" if line == "..." else re.escape(line) for line in shown.splitlines())
     assert re.search(pattern, run[0], flags=re.DOTALL)
 
