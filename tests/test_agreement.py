@@ -223,3 +223,11 @@ def test_monai_builds_other_decoder_blocks_and_no_qkv_bias():
     first = [module for module in model.encoder2.transp_conv_init.modules() if not [*module.children()]]
     assert [type(module) for module in first] == [nn.ConvTranspose2d]
     assert all(block.attn.qkv.bias is None for block in model.vit.blocks)
+
+
+def test_monai_fixes_the_patch_size_and_computes_the_attention_matrix(monkeypatch):
+    assert monai_unetr().patch_size == (16, 16)
+    with pytest.raises(TypeError):
+        monai_unetr(patch_size=8)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_: pytest.fail("a fused kernel was used"))
+    monai_unetr()(torch.rand(1, 1, 32, 32))
