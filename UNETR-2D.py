@@ -291,7 +291,7 @@ class UNETR(nn.Module):
 def initialize(model: UNETR) -> None:
     """Initialize all weights: std 0.02 in the encoder, scale-preserving in the decoder; norms one; biases zero.
 
-    With PyTorch's defaults, the initial logits have std 0.004 or so in eval mode, not 0.5 to 0.9, and learning is slower.
+    With PyTorch's defaults, initial logits have a std near 0.004 in eval mode, not 0.5 to 0.9, and training is slower.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
