@@ -6,6 +6,8 @@
 
 Shapes: batch size B, image channels C, image size H x W in pixels, patch size P, number of tokens N = (H/P)(W/P),
 hidden size K (the embedding dimension), feature map size h x w.
+
+Run as a command, it plots an image beside the output of the untrained network; --help lists the options.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,11 +31,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 
+class InputError(ValueError):
+    """A value, shape, or file that the user has to correct. The command reports it in one sentence."""
+
+
 @dataclass(frozen=True)
 class UNETRConfig:
-    """Hyperparameters; the encoder is ViT-B/16 by default, as in the paper. Raises ValueError for an invalid value."""
+    """Hyperparameters; the encoder is ViT-B/16 by default, as in the paper. Raises InputError for an invalid value."""
 
-    image_size: int | tuple[int, int] = 256  # H = W, or (H, W), in pixels
+    image_size: int | tuple[int, int] = 256  # H (and W = H), or (H, W), in pixels
     patch_size: int = 16  # P, in pixels
     in_channels: int = 3  # C
     out_channels: int = 1  # channels of the logits: 1 for a binary mask, otherwise one per class
@@ -44,28 +51,25 @@ class UNETRConfig:
     feature_size: int = 64  # F, the decoder's channels at full resolution; they double at each coarser resolution
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON and YAML give a list
         for name in ("in_channels", "out_channels", "hidden_dim", "num_layers", "num_heads", "mlp_dim", "feature_size"):
             if not 1 <= getattr(self, name) <= 1_000_000:
-                raise ValueError(f"{name} must be from 1 to 1000000, got {getattr(self, name)}")
+                raise InputError(f"{name} must be from 1 to 1000000, got {getattr(self, name)}")
         patch, stages = self.patch_size, len(self.tapped_layers)
         if patch < 2 or patch.bit_count() != 1:
-            raise ValueError(f"patch_size must be a power of two, at least 2, got {patch}")
+            raise InputError(f"patch_size must be a power of two, at least 2, got {patch}")
         if len(self.size) != 2 or any(side < 1 or side % patch for side in self.size):
-            rule = f"one or two positive multiples of patch_size {patch}"
-            raise ValueError(f"image_size must be {rule}, got {self.image_size}")
+            raise InputError(f"image_size must be H or (H, W), multiples of patch_size {patch}, got {self.image_size}")
         if self.hidden_dim % self.num_heads:
-            raise ValueError(f"hidden_dim must be a multiple of num_heads {self.num_heads}, got {self.hidden_dim}")
+            raise InputError(f"hidden_dim must be a multiple of num_heads {self.num_heads}, got {self.hidden_dim}")
         if self.num_layers < stages:
-            raise ValueError(f"num_layers must be at least {stages} for patch_size {patch}, got {self.num_layers}")
+            raise InputError(f"num_layers must be at least {stages} for patch_size {patch}, got {self.num_layers}")
         if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must be at least 0 and less than 1, got {self.dropout_rate}")
+            raise InputError(f"dropout_rate must be at least 0 and less than 1, got {self.dropout_rate}")
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W), in pixels."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,7 +79,7 @@ class UNETRConfig:
     @property
     def tapped_layers(self) -> tuple[int, ...]:
         """The layers, counted from 1, whose outputs feed the decoder: 3, 6, 9, 12 by default, as in Figure 2."""
-        stages = self.patch_size.bit_length() - 1  # P = 2^n: n doublings of the resolution
+        stages = self.patch_size.bit_length() - 1  # log2(P): each stage of the decoder doubles the resolution
         return tuple(round(self.num_layers * i / stages) for i in range(1, stages + 1))
 
 
@@ -109,7 +113,7 @@ class Attention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         qkv = self.qkv(z).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, K/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, K/heads)
-        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. Fused kernels never store the N x N matrix.
+        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. The fused kernels do not store the N x N matrix.
         z = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
 
@@ -143,27 +147,34 @@ class TransformerBlock(nn.Module):
         return z + self.dropout(self.mlp(self.norm2(z)))  # eq. 3
 
 
-class ViT(nn.Module):
-    """Vision Transformer [2] with no class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize a position embedding to another grid (bicubic, no antialiasing): (1, N, K) -> (1, new N, K)."""
+    if grid == new_grid:
+        return pos_embed
+    pos_embed = pos_embed.transpose(1, 2).unflatten(2, grid)  # (1, K, rows, columns)
+    return nn.functional.interpolate(pos_embed, size=new_grid, mode="bicubic").flatten(2).transpose(1, 2)
 
-    H and W must be multiples of P; the position embedding is resized if H x W is not the configured size. Raises
-    ValueError for any other image shape. model.encoder.load_state_dict(..., strict=False) loads a plain ViT checkpoint
-    with timm's names, leaving its class token, final norm, and head unused.
+
+class ViT(nn.Module):
+    """Vision Transformer [2] without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
+
+    H and W may differ from the configured size, but must be multiples of P; raises InputError otherwise. The state_dict
+    of a timm ViT loads with strict=False: all but its class token, final norm, and head; check the keys returned.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos in eq. 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos, eq. 1
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.register_load_state_dict_pre_hook(adapt_checkpoint)
+        self.register_load_state_dict_pre_hook(ViT.adapt_checkpoint)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         channels, patch, shape = self.config.in_channels, self.config.patch_size, tuple(image.shape)
         if image.ndim != 4 or shape[1] != channels or any(side < 1 or side % patch for side in shape[2:]):
-            raise ValueError(f"image must be (B, {channels}, H, W) with H and W multiples of {patch}, got {shape}")
+            raise InputError(f"image must be (B, {channels}, H, W) with H and W multiples of {patch}, got {shape}")
         grid = (shape[2] // patch, shape[3] // patch)
         z = self.patch_embed(image) + resize_pos_embed(self.pos_embed, self.config.grid, grid)  # z0 in eq. 1
         z = self.dropout(z)  # (B, N, K)
@@ -174,37 +185,31 @@ class ViT(nn.Module):
                 feature_maps.append(z.transpose(1, 2).unflatten(2, grid))  # (B, K, H/P, W/P)
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
+    def adapt_checkpoint(self, state_dict: dict, prefix: str, *_: object) -> None:
+        """Called before loading: flatten a patch convolution, and resize positions on a square grid to the configured.
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize a position embedding to another grid (bicubic, no antialiasing): (1, N, K) -> (1, new N, K)."""
-    if grid == new_grid:
-        return pos_embed
-    pos_embed = pos_embed.transpose(1, 2).unflatten(2, grid)  # (1, K, rows, columns)
-    return nn.functional.interpolate(pos_embed, size=new_grid, mode="bicubic").flatten(2).transpose(1, 2)
-
-
-def adapt_checkpoint(vit: ViT, state_dict: dict, prefix: str, *_: object) -> None:
-    """Before a ViT loads a checkpoint, flatten its patch convolution and resize a square position grid to fit."""
-    config, tokens = vit.config, math.prod(vit.config.grid)
-    weight, pos_embed = state_dict.get(f"{prefix}patch_embed.proj.weight"), state_dict.get(f"{prefix}pos_embed")
-    if weight is not None and weight.shape[1:] == (config.in_channels, config.patch_size, config.patch_size):
-        state_dict[f"{prefix}patch_embed.proj.weight"] = weight.flatten(1)
-    if pos_embed is not None:
-        if f"{prefix}cls_token" in state_dict:
-            pos_embed = pos_embed[:, 1:]  # drop the class token
-        side = math.isqrt(pos_embed.shape[1])
-        if pos_embed.shape[1] not in (tokens, side**2):
-            raise ValueError(f"pos_embed must have {tokens} or a square number of positions, got {pos_embed.shape[1]}")
-        grid = config.grid if pos_embed.shape[1] == tokens else (side, side)
-        state_dict[f"{prefix}pos_embed"] = resize_pos_embed(pos_embed, grid, config.grid)
+        As many positions as configured are kept as they are. Raises InputError for any other number.
+        """
+        kernel, positions = f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
+        channels, patch = self.config.in_channels, self.config.patch_size
+        if kernel in state_dict and state_dict[kernel].shape[1:] == (channels, patch, patch):
+            state_dict[kernel] = state_dict[kernel].flatten(1)
+        if positions in state_dict:
+            pos_embed, tokens = state_dict[positions], math.prod(self.config.grid)
+            if f"{prefix}cls_token" in state_dict:
+                pos_embed = pos_embed[:, 1:]
+            count, side = pos_embed.shape[1], math.isqrt(pos_embed.shape[1])
+            if count not in (tokens, side**2):
+                raise InputError(f"pos_embed must have {tokens} or a square number of positions, got {count}")
+            grid = self.config.grid if count == tokens else (side, side)
+            state_dict[positions] = resize_pos_embed(pos_embed, grid, self.config.grid)
 
 
 class OrangeBlock(nn.Sequential):
     """Orange in Figure 2 (conv 3x3, batch norm, ReLU): (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        # a bias would be redundant before batch norm
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # batch norm adds one
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
@@ -239,41 +244,38 @@ class DecoderStage(nn.Module):
         self.merge1 = OrangeBlock(2 * out_channels, out_channels)
         self.merge2 = OrangeBlock(out_channels, out_channels)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = torch.cat([self.up(x), self.skip(skip)], dim=1)  # x, then skip: (B, 2*out_channels, 2h, 2w)
-        x = self.merge1(x)  # (B, out_channels, 2h, 2w); without gradients, the concatenation is released here
+    def forward(self, x: Tensor, skip_input: Tensor) -> Tensor:
+        x = torch.cat([self.up(x), self.skip(skip_input)], dim=1)  # (B, 2*out_channels, 2h, 2w)
+        x = self.merge1(x)  # rebinding x releases the concatenation, unless it is kept for gradients
         return self.merge2(x)
 
 
 class UNETR(nn.Module):
-    """Images (B, C, H, W) -> logits (B, out_channels, H, W); sigmoid or softmax is up to the caller.
+    """Images (B, C, H, W) -> logits (B, out_channels, H, W): apply sigmoid if out_channels is 1, otherwise softmax.
 
-    Figure 2 in 2D at the default sizes, with the output channels of each block. All z have 768 channels at 1/16;
-    each green block takes the output of the row below it:
+    Figure 2 in 2D at the default sizes, with the output channels of each block. z3 to z12 are the feature maps of the
+    encoder after Transformer layers 3 to 12, with 768 channels at 1/16 resolution; x is the output of the row above.
 
-    1/1   image ─ orange 64 ─ orange 64 ────────── concat 128 ─ orange 64 ─ orange 64 ─ grey 1 ─ logits
-                                                     └─ green 64 ────────────────────┐
-    1/2   z3 ─ blue 128 ─ blue 128 ─ blue 128 ──── concat 256 ─ orange 128 ─ orange 128
-                                                     └─ green 128 ───────────────────┐
-    1/4   z6 ─ blue 256 ─ blue 256 ─────────────── concat 512 ─ orange 256 ─ orange 256
-                                                     └─ green 256 ───────────────────┐
-    1/8   z9 ─ blue 512 ────────────────────────── concat 1024 ─ orange 512 ─ orange 512
-                                                     └─ green 512 ─┐
-    1/16  z12 ─────────────────────────────────────────────────────┘
+                      up               skip                                  merge1, merge2
+    decoder[0]  1/8   z12 ─ green 512  z9 ─ blue 512                         concat 1024 ─ orange 512 ─ orange 512
+    decoder[1]  1/4   x ─── green 256  z6 ─ blue 256 ─ blue 256              concat 512 ── orange 256 ─ orange 256
+    decoder[2]  1/2   x ─── green 128  z3 ─ blue 128 ─ blue 128 ─ blue 128   concat 256 ── orange 128 ─ orange 128
+    decoder[3]  1/1   x ─── green 64   image ─ orange 64 ─ orange 64         concat 128 ── orange 64 ── orange 64
+    head        1/1   x ─── grey 1 ─── logits
     """
 
     def __init__(self, config: UNETRConfig = UNETRConfig()) -> None:
         super().__init__()
         self.config = config
-        stages, channels = len(config.tapped_layers), config.hidden_dim
         self.encoder = ViT(config)
         self.decoder = nn.ModuleList()  # the deepest stage first
-        for level in reversed(range(stages)):  # the stage at 1/2^level resolution
-            width = config.feature_size * 2**level
-            if level > 0:  # from z: (stages - level) blue blocks, each upsampling by 2
-                blues = [BlueBlock(width, width) for _ in range(stages - level - 1)]
+        stages, channels = len(config.tapped_layers), config.hidden_dim
+        for i in range(1, stages + 1):
+            width = config.feature_size * 2 ** (stages - i)
+            if i < stages:  # i blue blocks bring a feature map from 1/P to 2^i/P of the resolution
+                blues = [BlueBlock(width, width) for _ in range(i - 1)]
                 skip = nn.Sequential(BlueBlock(config.hidden_dim, width), *blues)
-            else:  # from the image
+            else:  # the image has full resolution
                 skip = nn.Sequential(OrangeBlock(config.in_channels, width), OrangeBlock(width, width))
             self.decoder.append(DecoderStage(channels, width, skip))
             channels = width
@@ -289,9 +291,10 @@ class UNETR(nn.Module):
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize all weights: std 0.02 in the encoder, scale-preserving in the decoder; norms one; biases zero.
+    """Initialize a UNETR: normal weights with the std below, norm weights one, and all biases zero.
 
-    With PyTorch's defaults, initial logits have a std near 0.004 in eval mode, not 0.5 to 0.9, and training is slower.
+    Without training, the logits of the sample then have a std of 0.5 to 0.9 in eval mode. With PyTorch's defaults it is
+    about 0.004, and the encoder hardly matters.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -314,18 +317,14 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".pdf", ".svg",
 COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # the colors of Figure 2 in a terminal
 
 
-class InputError(ValueError):
-    """An error that the user can correct, reported by the command in one sentence."""
-
-
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
-    """Read the first frame of an image file, upright, resized to the configured size: (1, C, H, W), in [0, 1].
+    """Read the first frame of an image file, rotated as its EXIF block says, resized: (1, C, H, W), in [0, 1].
 
-    Transparent pixels become black. Grayscale of more than 8 bits is min-max scaled, since 12-bit X-rays in 16-bit
-    files are common. Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if the file
-    or the configured size exceeds Pillow's pixel limit.
+    Transparency is composited over black. Grayscale of more than 8 bits is min-max scaled: a 12-bit X-ray in a 16-bit
+    file would be almost black otherwise. Raises InputError if C is neither 1 nor 3, if the file is not a readable
+    image, or if the file or the configured size exceeds Pillow's pixel limit.
     """
-    (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS or math.inf
+    (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS
     if channels not in (1, 3):
         raise InputError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {channels}")
     if height * width > limit:
@@ -341,7 +340,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
             values = np.asarray(image, dtype=np.float64)
             finite = values[np.isfinite(values)]
             if not finite.size:
-                raise ValueError("no pixel is finite")
+                raise InputError("no pixel is finite")
             low, high = finite.min(), finite.max()
             values = np.nan_to_num(values, nan=low).clip(low, high) - low
             image = Image.fromarray((values / ((high - low) or 1)).astype(np.float32))
@@ -362,14 +361,14 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
 
 def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> plt.Figure:
     """Plot an image (1, C, H, W) under its patch grid, beside the probability or class map of its logits."""
-    (height, width), (rows, columns), patch = config.size, config.grid, config.patch_size
+    (height, width), (rows, columns), patch, classes = config.size, config.grid, config.patch_size, config.out_channels
     figsize = (10, np.clip(4.4 * height / width, 2, 12) + 0.4)
     figure, (left, right) = plt.subplots(1, 2, figsize=figsize, layout="constrained", subplot_kw={"frame_on": False})
     options = {"extent": (0, width, height, 0), "origin": "upper", "interpolation": "nearest"}
     left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, **options)
     left.vlines(range(0, width + 1, patch), 0, height, color="deepskyblue", linewidth=0.4)
     left.hlines(range(0, height + 1, patch), 0, width, color="deepskyblue", linewidth=0.4)
-    if (classes := config.out_channels) == 1:
+    if classes == 1:
         shown = right.imshow(logits[0, 0].sigmoid().numpy(), vmin=0, vmax=1, **options)
         figure.colorbar(shown, label="probability")
     else:
@@ -382,7 +381,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Write the figure as a whole or not at all, keeping the permissions of a replaced file."""
+    """Write the figure as a whole or not at all, with the permissions of the file that it replaces."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             complete = Path(folder, path.name)
@@ -394,28 +393,25 @@ def save(figure: plt.Figure, path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def print_stage(name: str, blocks: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    """A forward hook: print the name of a module, the shapes of its input and output, and its blocks."""
+    print(f"{name:<19} {tuple(args[0].shape)!s:<19} {tuple(output.shape)!s:<19} {blocks}", flush=True)
+
+
 def print_stages(model: UNETR, color: bool) -> None:
     """Print a header, and register forward hooks that print each stage as it finishes."""
-
-    def watch(module: nn.Module, stage: str, blocks: str) -> None:
-        for word, number in COLORS.items() if color else ():
-            blocks = blocks.replace(word, f"\033[30;48;5;{number}m {word} \033[0m")
-
-        def show(module: nn.Module, args: tuple, output: Tensor) -> None:
-            print(f"{stage:<11} {tuple(args[0].shape)!s:<19} {tuple(output.shape)!s:<19} {blocks}", flush=True)
-
-        module.register_forward_hook(show)
-
     print("orange: conv 3x3, batch norm, ReLU; green: transposed conv 2x2; blue: green, orange; grey: conv 1x1")
-    print("stage       input               output              blocks")
-    watch(model.encoder.patch_embed.proj, "patch embed", "linear")
-    for layer in model.config.tapped_layers:
-        watch(model.encoder.blocks[layer - 1], f"z{layer}", f"Transformer layer {layer}")
-    for i, stage in enumerate(model.decoder, start=1):
-        scale = model.config.patch_size // 2**i
-        watch(stage.skip, f"skip 1/{scale}", " ".join(["blue"] * i) if scale > 1 else "orange orange")
-        watch(stage, f"merge 1/{scale}", "green orange orange")
-    watch(model.head, "head", "grey")
+    print(f"{'module':<19} {'input':<19} {'output':<19} blocks")
+    stages = {"encoder.patch_embed": "linear", "head": "grey"}
+    stages |= {f"encoder.blocks.{n - 1}": f"Transformer layer {n}" for n in model.config.tapped_layers}
+    for i, stage in enumerate(model.decoder):
+        skip = " ".join(type(block).__name__.removesuffix("Block").lower() for block in stage.skip)
+        stages |= {f"decoder.{i}.skip": skip, f"decoder.{i}": "green orange orange"}
+    for name, blocks in stages.items():
+        if color:
+            for word, number in COLORS.items():
+                blocks = blocks.replace(word, f"\033[30;48;5;{number}m {word} \033[0m")
+        model.get_submodule(name).register_forward_hook(partial(print_stage, name, blocks))
 
 
 def load_weights(model: UNETR, path: Path) -> None:
@@ -432,29 +428,26 @@ def load_weights(model: UNETR, path: Path) -> None:
         raise InputError(f"{path} does not match this configuration: {differences}") from error
 
 
-def check_output(path: Path, inputs: list[Path]) -> None:
-    """Raise InputError, before the forward pass, if the figure cannot be written to path or would replace an input."""
-    if path.suffix.lower() not in EXTENSIONS:
-        raise InputError(f"the output extension must be one of {', '.join(EXTENSIONS)}, got {path.name!r}")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.exists():
-            path.open("ab").close()
-            if any(file.exists() and file.samefile(path) for file in inputs):
-                raise InputError(f"the output must not replace an input, got {path} for both")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+def parse_size(text: str) -> int | tuple[int, int]:
+    """'256' -> 256, '192x256' -> (192, 256)."""
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
+    height, _, width = text.partition("x")
+    return (int(height), int(width)) if width else int(height)
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        config = UNETRConfig(**{field.name: getattr(args, field.name) for field in fields(UNETRConfig)})
-    except ValueError as error:
-        raise InputError(error) from error
+    """Run the network on an image, print its stages, and save and show the figure."""
+    config = UNETRConfig(**{field.name: getattr(args, field.name) for field in fields(UNETRConfig)})
     if not 0 <= args.seed < 2**63:
         raise InputError(f"seed must be from 0 to 2**63 - 1, got {args.seed}")
     output = args.output.resolve()
-    check_output(output, [path for path in (args.image, args.weights) if path])
+    if output.suffix.lower() not in EXTENSIONS:
+        raise InputError(f"the output extension must be one of {', '.join(EXTENSIONS)}, got {output.name!r}")
+    if output == args.image.resolve():
+        raise InputError(f"the output must not replace the image, got {output} for both")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"cannot write {output}: its folder does not exist or is not writable")
     image = load_image(args.image, config)
     with torch.device("meta"):  # shapes only, so that weights are drawn once, or not at all if loaded
         model = UNETR(config)
@@ -466,7 +459,6 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         initialize(model)
     model.eval().to(args.device, torch.float32)
-
     print(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
     print(f"weights: {args.weights or f'untrained, seed {args.seed}'}")
@@ -476,47 +468,36 @@ def run(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         logits = model(image.to(args.device)).cpu()
     print(f"\nforward pass: {time.perf_counter() - start:.2f} s")
-    figure = draw(image, logits, config, trained=args.weights is not None)
-    save(figure, output)
+    save(draw(image, logits, config, trained=args.weights is not None), output)
     print(f"figure: {output}")
     if not args.no_show:
         plt.show()
 
 
-def image_size(text: str) -> int | tuple[int, int]:
-    """'256' -> 256, '192x256' -> (192, 256)."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
-    height, _, width = text.partition("x")
-    return (int(height), int(width)) if width else int(height)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 after printing the usage and one sentence to standard error."""
-    default, devices = "(default: %(default)s)", ["cpu"]
-    if accelerator := torch.accelerator.current_accelerator(check_available=True):
-        numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-        devices = [accelerator.type, *numbered, "cpu"]
-    description = "Split an image into patches, run UNETR (untrained by default), and plot input and output."
-    parser = argparse.ArgumentParser("UNETR-2D.py", "%(prog)s [image] [options]", description)
-    add = parser.add_argument
-    add("image", type=Path, nargs="?", default=SAMPLE, help="image file (default: sample.png next to the script)")
-    add("--output", type=Path, default="unetr-2d.png", help=f"figure file: PNG, PDF, SVG, ... {default}")
-    add("--weights", type=Path, help="file with a state_dict to load (default: none, untrained)")
-    add("--device", choices=devices, default=devices[0], help=f"where to run {default}")
-    add("--seed", type=int, default=0, help=f"random seed for the weights {default}")
-    add("--no-show", action="store_true", help="open no window (default: open one if a display is available)")
-    add = parser.add_argument_group("network").add_argument
-    add("--image-size", type=image_size, default=256, help=f"H and W in pixels: 256 or 192x256 {default}")
-    add("--patch-size", type=int, default=16, help=f"P in pixels, a power of two {default}")
-    add("--in-channels", type=int, default=3, help=f"C: 1 for grayscale, 3 for RGB {default}")
-    add("--out-channels", type=int, default=1, help=f"1 for a binary mask, otherwise one per class {default}")
-    add("--hidden-dim", type=int, default=768, help=f"K, the hidden size {default}")
-    add("--num-layers", type=int, default=12, help=f"L, Transformer layers {default}")
-    add("--num-heads", type=int, default=12, help=f"attention heads per layer {default}")
-    add("--mlp-dim", type=int, default=3072, help=f"hidden units of each MLP {default}")
-    add("--dropout-rate", type=float, default=0.0, help=f"no effect here, since nothing is trained {default}")
-    add("--feature-size", type=int, default=64, help=f"F, the decoder's channels at full resolution {default}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    numbered = [f"{accelerator}:{i}" for i in range(torch.accelerator.device_count())]
+    devices = [str(accelerator), *numbered, "cpu"] if accelerator else ["cpu"]
+    usage, formatter = "%(prog)s [image] [options]", argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("UNETR-2D.py", usage, __doc__.splitlines()[0], formatter_class=formatter)
+    parser.add_argument("image", type=Path, nargs="?", default=SAMPLE, help="image file")
+    parser.add_argument("--output", type=Path, default="unetr-2d.png", help="figure file: PNG, PDF, SVG, ...")
+    parser.add_argument("--weights", type=Path, help="state_dict to load; without it, the network is untrained")
+    parser.add_argument("--device", choices=devices, default=devices[0], help="where to run")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
+    parser.add_argument("--no-show", action="store_true", help="open no window, even if a display is available")
+    network = parser.add_argument_group("network")
+    network.add_argument("--image-size", type=parse_size, default=256, help="H and W in pixels: 256 or 192x256")
+    network.add_argument("--patch-size", type=int, default=16, help="P in pixels, a power of two")
+    network.add_argument("--in-channels", type=int, default=3, help="C: 1 for grayscale, 3 for RGB")
+    network.add_argument("--out-channels", type=int, default=1, help="1 for a binary mask, otherwise one per class")
+    network.add_argument("--hidden-dim", type=int, default=768, help="K, the hidden size")
+    network.add_argument("--num-layers", type=int, default=12, help="L, Transformer layers")
+    network.add_argument("--num-heads", type=int, default=12, help="attention heads per layer")
+    network.add_argument("--mlp-dim", type=int, default=3072, help="hidden units of each MLP")
+    network.add_argument("--dropout-rate", type=float, default=0.0, help="no effect here, since nothing is trained")
+    network.add_argument("--feature-size", type=int, default=64, help="F, the decoder's channels at full resolution")
     try:
         run(parser.parse_args(argv))
         return 0

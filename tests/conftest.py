@@ -26,6 +26,18 @@ def largest_difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def vit_checkpoint(grid=(3, 3), cls_token=True, dim=24, mlp=40, layers=4, **changed):
+    """Random tensors with the names and shapes of a timm ViT with patch size 16."""
+    shapes = {"pos_embed": (1, grid[0] * grid[1] + cls_token, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
+              "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,),
+              "head.weight": (10, dim), "head.bias": (10,)} | ({"cls_token": (1, 1, dim)} if cls_token else {})  # fmt: skip
+    linear = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (mlp, dim), "mlp.fc2": (dim, mlp)}
+    for i in range(layers):
+        for name, shape in {**linear, "norm1": (dim,), "norm2": (dim,)}.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+    return {name: torch.rand(shape) for name, shape in {**shapes, **changed}.items()}
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

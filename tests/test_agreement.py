@@ -12,44 +12,37 @@ from torch import nn
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 
 
-def randomize(model, seed=0):
+def randomize(model):
     """Random weights, biases, and running statistics, so that a missing norm or bias would show."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 2, generator=generator)
             elif tensor.is_floating_point():
-                noise = torch.empty(tensor.shape).normal_(
-                    std=0.5 / math.sqrt(max(tensor[0].numel(), 4)), generator=generator
-                )
-                tensor.copy_(noise + (tensor.ndim == 1 and name.endswith("weight")))  # norms around 1
+                tensor.normal_(std=0.5 / math.sqrt(max(tensor[0].numel(), 4)), generator=generator)
+                tensor += tensor.ndim == 1 and name.endswith("weight")  # norms around 1
     return model
 
 
 # Encoder against MONAI's ViT
 
 
+NAMES = {"attn.out_proj": "attn.proj", "mlp.linear1": "mlp.fc1", "mlp.linear2": "mlp.fc2",
+         "patch_embedding.position_embeddings": "pos_embed", "patch_embedding.patch_embeddings.1.": "patch_embed.proj.",
+         "patch_embedding.patch_embeddings.": "patch_embed.proj."}  # fmt: skip
+
+
 def encoder_weights(vit, channels, patch):
     """The state_dict of MONAI's ViT under this encoder's names. Its perceptron flattens a patch as row, column, channel."""
-    theirs = vit.state_dict()
-    table, bias = (name for name in theirs if name.startswith("patch_embedding.patch_embeddings"))
-    weight = theirs[table]
-    if weight.ndim == 2:
-        weight = weight.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2)
-    ours = {
-        "patch_embed.proj.weight": weight.flatten(1),
-        "patch_embed.proj.bias": theirs[bias],
-        "pos_embed": theirs["patch_embedding.position_embeddings"],
-    }
-    names = {
-        "norm1": "norm1", "attn.qkv": "attn.qkv", "attn.out_proj": "attn.proj", "norm2": "norm2",
-        "mlp.linear1": "mlp.fc1", "mlp.linear2": "mlp.fc2",
-    }  # fmt: skip
-    for layer in range(len(vit.blocks)):
-        for their_name, our_name in names.items():
-            for kind in ("weight", "bias"):
-                ours[f"blocks.{layer}.{our_name}.{kind}"] = theirs[f"blocks.{layer}.{their_name}.{kind}"]
+    ours = {}
+    for name, tensor in vit.state_dict().items():
+        if name.endswith("patch_embeddings.1.weight"):
+            tensor = tensor.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2)
+        for theirs, here in NAMES.items():
+            name = name.replace(theirs, here)
+        if name.startswith(("patch_embed.", "pos_embed", "blocks.")) and "cross" not in name:
+            ours[name] = tensor.flatten(1) if name == "patch_embed.proj.weight" else tensor
     return ours
 
 
@@ -88,89 +81,78 @@ def test_encoder_agrees_with_monai_at_every_layer(size, patch, channels, hidden,
 class Reimplementation:
     """UNETR as functions of the tensors of a state_dict, without any module of the script."""
 
-    def __init__(self, state, heads, training=False):
+    def __init__(self, state, heads, training):
         self.state, self.heads, self.training = state, heads, training
-
-    def __getitem__(self, name):
-        return self.state[name]
 
     def layer_norm(self, x, name):
         x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self[f"{name}.weight"] + self[f"{name}.bias"]
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return x * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
 
     def linear(self, x, name):
-        return x @ self[f"{name}.weight"].T + self[f"{name}.bias"]
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
 
     def transformer_layer(self, z, number):
         """Equations 2 to 6; number counts from 1."""
-        name = f"encoder.blocks.{number - 1}"
+        name, size, attended = f"encoder.blocks.{number - 1}", z.shape[-1] // self.heads, []
         qkv = self.linear(self.layer_norm(z, f"{name}.norm1"), f"{name}.attn.qkv")
-        size = z.shape[-1] // self.heads
-        mixed = []
         for head in range(self.heads):
             q, k, v = (part[..., head * size : (head + 1) * size] for part in qkv.chunk(3, dim=-1))
-            mixed.append((q @ k.mT / math.sqrt(size)).softmax(-1) @ v)
-        z = z + self.linear(torch.cat(mixed, dim=-1), f"{name}.attn.proj")
+            attended.append((q @ k.mT / math.sqrt(size)).softmax(-1) @ v)
+        z = z + self.linear(torch.cat(attended, dim=-1), f"{name}.attn.proj")
         hidden = self.linear(self.layer_norm(z, f"{name}.norm2"), f"{name}.mlp.fc1")
         hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
         return z + self.linear(hidden, f"{name}.mlp.fc2")
 
-    def z(self, image, patch, depth):
-        """z0 to z_depth as feature maps (B, K, H/P, W/P): token n is at row n // columns, column n % columns."""
+    def z(self, image, patch):
+        """z0 to z12 as feature maps (B, K, H/P, W/P): token n is at row n // columns, column n % columns."""
         rows, columns = image.shape[2] // patch, image.shape[3] // patch
-        squares = [
-            image[:, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].flatten(1)
-            for r in range(rows)
-            for c in range(columns)
-        ]
-        z = self.linear(torch.stack(squares, dim=1), "encoder.patch_embed.proj") + self["encoder.pos_embed"]
-        outputs = [z]
-        for number in range(1, depth + 1):
-            outputs.append(self.transformer_layer(outputs[-1], number))
-        return [torch.stack([z[:, c::columns] for c in range(columns)], dim=-1).transpose(1, 2) for z in outputs]
+        corners = [(r * patch, c * patch) for r in range(rows) for c in range(columns)]
+        squares = [image[:, :, r : r + patch, c : c + patch].flatten(1) for r, c in corners]
+        z = [self.linear(torch.stack(squares, dim=1), "encoder.patch_embed.proj") + self.state["encoder.pos_embed"]]
+        for number in range(1, 13):
+            z.append(self.transformer_layer(z[-1], number))
+        return [torch.stack([z[:, c::columns] for c in range(columns)], dim=-1).transpose(1, 2) for z in z]
 
     def orange(self, x, name):
-        x = F.conv2d(x, self[f"{name}.0.weight"], padding=1)
-        mean, var = self[f"{name}.1.running_mean"], self[f"{name}.1.running_var"]
+        x = F.conv2d(x, self.state[f"{name}.0.weight"], padding=1)
+        mean, var = self.state[f"{name}.1.running_mean"], self.state[f"{name}.1.running_var"]
         if self.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-        x = (x - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + 1e-5).sqrt()
-        return F.relu(x * self[f"{name}.1.weight"].view(1, -1, 1, 1) + self[f"{name}.1.bias"].view(1, -1, 1, 1))
-
-    def oranges(self, x, name):
-        return self.orange(self.orange(x, f"{name}.0"), f"{name}.1")
+        weight, bias = self.state[f"{name}.1.weight"], self.state[f"{name}.1.bias"]
+        mean, var, weight, bias = (vector.view(1, -1, 1, 1) for vector in (mean, var, weight, bias))
+        return F.relu((x - mean) / (var + 1e-5).sqrt() * weight + bias)
 
     def green(self, x, name):
-        return F.conv_transpose2d(x, self[f"{name}.weight"], self[f"{name}.bias"], stride=2)
+        return F.conv_transpose2d(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"], stride=2)
 
-    def blue(self, x, name):
-        return self.orange(self.green(x, f"{name}.0"), f"{name}.1")
-
-    def grey(self, x, name):
-        return F.conv2d(x, self[f"{name}.weight"], self[f"{name}.bias"])
+    def blue(self, x, *names):
+        for name in names:
+            x = self.orange(self.green(x, f"{name}.0"), f"{name}.1")
+        return x
 
     def merge(self, below, skip, stage):
-        x = torch.cat([self.green(below, f"decoder.{stage}.up"), skip], dim=1)
-        return self.orange(self.orange(x, f"decoder.{stage}.merge1"), f"decoder.{stage}.merge2")
+        x = torch.cat([self.green(below, f"{stage}.up"), skip], dim=1)
+        return self.orange(self.orange(x, f"{stage}.merge1"), f"{stage}.merge2")
+
+    def last(self, below, image, stage):
+        skip = self.orange(self.orange(image, f"{stage}.skip.0"), f"{stage}.skip.1")
+        return F.conv2d(self.merge(below, skip, stage), self.state["head.weight"], self.state["head.bias"])
 
     def patch_16(self, image):
         """Figure 2."""
-        z = self.z(image, 16, depth=12)
-        z3, z6, z9, z12 = z[3], z[6], z[9], z[12]
-        eighth = self.merge(z12, self.blue(z9, "decoder.0.skip.0"), 0)
-        quarter = self.merge(eighth, self.blue(self.blue(z6, "decoder.1.skip.0"), "decoder.1.skip.1"), 1)
-        half = self.merge(
-            quarter, self.blue(self.blue(self.blue(z3, "decoder.2.skip.0"), "decoder.2.skip.1"), "decoder.2.skip.2"), 2
-        )
-        return self.grey(self.merge(half, self.oranges(image, "decoder.3.skip"), 3), "head")
+        z = self.z(image, 16)
+        x = self.merge(z[12], self.blue(z[9], "decoder.0.skip.0"), "decoder.0")
+        x = self.merge(x, self.blue(z[6], "decoder.1.skip.0", "decoder.1.skip.1"), "decoder.1")
+        x = self.merge(x, self.blue(z[3], "decoder.2.skip.0", "decoder.2.skip.1", "decoder.2.skip.2"), "decoder.2")
+        return self.last(x, image, "decoder.3")
 
     def patch_8(self, image):
         """Three doublings: layers 4, 8 and 12."""
-        z = self.z(image, 8, depth=12)
-        z4, z8, z12 = z[4], z[8], z[12]
-        quarter = self.merge(z12, self.blue(z8, "decoder.0.skip.0"), 0)
-        half = self.merge(quarter, self.blue(self.blue(z4, "decoder.1.skip.0"), "decoder.1.skip.1"), 1)
-        return self.grey(self.merge(half, self.oranges(image, "decoder.2.skip"), 2), "head")
+        z = self.z(image, 8)
+        x = self.merge(z[12], self.blue(z[8], "decoder.0.skip.0"), "decoder.0")
+        x = self.merge(x, self.blue(z[4], "decoder.1.skip.0", "decoder.1.skip.1"), "decoder.1")
+        return self.last(x, image, "decoder.2")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -179,7 +161,7 @@ class Reimplementation:
 def test_network_agrees_with_an_independent_reimplementation(patch, size, training, dtype):
     config = unetr.UNETRConfig(size, patch, 3, 2, 48, 12, 4, 80, 0.0, 6)
     model = randomize(unetr.UNETR(config)).to(dtype).train(training)
-    second = Reimplementation({**model.state_dict()}, config.num_heads, training)
+    second = Reimplementation({**model.state_dict()}, 4, training)
     image = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.no_grad():
         theirs = getattr(second, f"patch_{patch}")(image)
@@ -197,11 +179,9 @@ def monai_unetr(**options):
 
 
 def test_monai_taps_layers_4_7_10_and_12_behind_a_norm():
-    model = monai_unetr().eval()
-    layers, read = [], []
-    for block in model.vit.blocks:
-        block.register_forward_hook(lambda module, args, output: layers.append(output))
-    model.vit.norm.register_forward_hook(lambda module, args, output: layers.append(output))
+    model, layers, read = monai_unetr().eval(), [], []
+    for module in (*model.vit.blocks, model.vit.norm):
+        module.register_forward_hook(lambda module, args, output: layers.append(output))
     proj_feat = model.proj_feat
     model.proj_feat = lambda z: read.append(z) or proj_feat(z)
     model(torch.rand(1, 1, 32, 32))

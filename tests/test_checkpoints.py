@@ -2,32 +2,9 @@
 
 import pytest
 import torch
-from conftest import small, unetr
+from conftest import largest_difference, small, unetr, vit_checkpoint
 
 CONFIG = small(image_size=(64, 96), num_layers=4)
-
-
-def vit_checkpoint(grid=(3, 3), cls_token=True, **changed):
-    """Random tensors with the names and shapes of a timm ViT: patch size 16, 24 dimensions, 4 layers."""
-    tokens = grid[0] * grid[1] + cls_token
-    shapes = {
-        "pos_embed": (1, tokens, 24), "patch_embed.proj.weight": (24, 3, 16, 16), "patch_embed.proj.bias": (24,),
-        "norm.weight": (24,), "norm.bias": (24,), "head.weight": (10, 24), "head.bias": (10,),
-    }  # fmt: skip
-    if cls_token:
-        shapes["cls_token"] = (1, 1, 24)
-    for i in range(4):
-        for name, rows, columns in (
-            ("attn.qkv", 72, 24),
-            ("attn.proj", 24, 24),
-            ("mlp.fc1", 40, 24),
-            ("mlp.fc2", 24, 40),
-        ):
-            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
-        for name in ("norm1", "norm2"):
-            shapes |= {f"blocks.{i}.{name}.weight": (24,), f"blocks.{i}.{name}.bias": (24,)}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=generator) for name, shape in {**shapes, **changed}.items()}
 
 
 def resized(positions, grid, new_grid):
@@ -48,13 +25,11 @@ def test_a_vit_checkpoint_fills_the_encoder(grid, cls_token):
     for name in set(vit) - unused - {"pos_embed"}:
         assert torch.equal(loaded[name].flatten(), vit[name].flatten()), name
     positions = vit["pos_embed"][0, cls_token:]
-    torch.testing.assert_close(
-        loaded["pos_embed"][0], resized(positions, grid, (4, 6)) if grid != (4, 6) else positions
-    )
+    torch.testing.assert_close(loaded["pos_embed"][0], resized(positions, grid, (4, 6)))
     assert all(torch.equal(vit[name], tensor) for name, tensor in before.items())  # the caller's tensors are unchanged
     tile = torch.rand(1, 3, 16, 16)
     expected = torch.nn.functional.conv2d(tile, vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"], stride=16)
-    torch.testing.assert_close(model.encoder.patch_embed(tile)[0, 0], expected.flatten())
+    assert largest_difference(model.encoder.patch_embed(tile)[0, 0], expected.flatten()) <= 1e-5
 
 
 def test_the_class_token_is_dropped_even_if_the_numbers_of_positions_are_equal():
@@ -91,8 +66,7 @@ def test_a_name_that_does_not_fit_is_reported():
     vit = vit_checkpoint()
     vit["blocks.0.attn.query.weight"] = vit.pop("blocks.0.attn.qkv.weight")
     result = unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False)
-    assert (
-        result.missing_keys == ["blocks.0.attn.qkv.weight"] and "blocks.0.attn.query.weight" in result.unexpected_keys
-    )
+    assert result.missing_keys == ["blocks.0.attn.qkv.weight"]
+    assert "blocks.0.attn.query.weight" in result.unexpected_keys
     del vit["pos_embed"]
     assert "pos_embed" in unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False).missing_keys

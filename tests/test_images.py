@@ -14,8 +14,8 @@ COLORS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2).astype(np.uint8)
 GRAY, RGB = small(in_channels=1), small(in_channels=3)
 
 
-def gray():
-    return Image.fromarray(RAMP.astype(np.uint8))
+def gray(values=RAMP):
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def load(path, config):
@@ -38,21 +38,20 @@ def near(actual, expected, tolerance=1e-6):
     np.testing.assert_allclose(actual, np.broadcast_to(expected, actual.shape), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("config", [GRAY, RGB])
-def test_grayscale(saved, config):
-    near(saved(gray(), config), RAMP / 255)
-
-
-def test_rgb(saved):
+def test_color_and_grayscale(saved):
+    near(saved(gray(), GRAY), RAMP / 255)
+    near(saved(gray(), RGB), RAMP / 255)
     near(saved(Image.fromarray(COLORS), RGB), COLORS.transpose(2, 0, 1) / 255)
+    near(saved(Image.fromarray(COLORS), GRAY), COLORS @ np.array([0.299, 0.587, 0.114]) / 255, 1 / 255)  # luma
 
 
-def test_rgb_as_grayscale_is_its_luma(saved):
-    near(saved(Image.fromarray(COLORS), GRAY), COLORS @ np.array([0.299, 0.587, 0.114]) / 255, 1 / 255)
+def test_cmyk_and_one_bit(saved):
+    near(saved(Image.new("CMYK", (64, 64), (255, 0, 0, 0)), RGB, "image.tif"), np.array([0, 1, 1]).reshape(3, 1, 1))
+    near(saved(Image.fromarray(RAMP % 2 == 1), GRAY), RAMP % 2)
 
 
 def test_palette_also_with_a_transparent_color(saved):
-    image = Image.fromarray((RAMP % 3).astype(np.uint8)).convert("P")
+    image = gray(RAMP % 3).convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 51])
     expected = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0.2]])
     near(saved(image, RGB), expected[RAMP % 3].transpose(2, 0, 1))
@@ -62,28 +61,20 @@ def test_palette_also_with_a_transparent_color(saved):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 @pytest.mark.parametrize("config", [GRAY, RGB])
-def test_transparent_becomes_black(saved, mode, config):
+def test_transparency_is_composited_over_black(saved, mode, config):
     bands = [Image.new("L", (64, 64), 200)] * (len(mode) - 1)
     near(saved(Image.merge(mode, [*bands, gray()]), config), 200 / 255 * RAMP / 255, 0.51 / 255)
-
-
-def test_premultiplied_alpha(tmp_path):
-    Image.merge("LA", [Image.new("L", (64, 64), 100), Image.new("L", (64, 64), 128)]).save(tmp_path / "image.tif")
-    data = (tmp_path / "image.tif").read_bytes()
-    unassociated = struct.pack("<HHII", 338, 3, 1, 2)  # tag ExtraSamples
-    assert data.count(unassociated) == 1
-    (tmp_path / "image.tif").write_bytes(data.replace(unassociated, struct.pack("<HHII", 338, 3, 1, 1)))
-    assert Image.open(tmp_path / "image.tif").mode == "La"
-    near(load(tmp_path / "image.tif", GRAY), 100 / 255, 1.01 / 255)
-
-
-def test_grayscale_with_a_transparent_value(saved):
     near(saved(gray(), GRAY, transparency=255), np.where(RAMP == 255, 0, RAMP / 255))
 
 
-def test_cmyk_and_one_bit(saved):
-    near(saved(Image.new("CMYK", (64, 64), (255, 0, 0, 0)), RGB, "image.tif"), np.array([0, 1, 1]).reshape(3, 1, 1))
-    near(saved(Image.fromarray(RAMP % 2 == 1), GRAY), RAMP % 2)
+def test_premultiplied_alpha(tmp_path):
+    path = tmp_path / "image.tif"
+    Image.merge("LA", [Image.new("L", (64, 64), 100), Image.new("L", (64, 64), 128)]).save(path)
+    unassociated, associated = (struct.pack("<HHII", 338, 3, 1, kind) for kind in (2, 1))  # tag ExtraSamples
+    assert path.read_bytes().count(unassociated) == 1
+    path.write_bytes(path.read_bytes().replace(unassociated, associated))
+    assert Image.open(path).mode == "La"
+    near(load(path, GRAY), 100 / 255, 1.01 / 255)
 
 
 @pytest.mark.parametrize("config", [GRAY, RGB])
@@ -96,36 +87,28 @@ def test_sixteen_bits_are_min_max_scaled(saved, name, config):
 def test_integers_of_32_bits_and_floats_are_min_max_scaled(saved):
     values = np.linspace(-2_000_000_000, 2_000_000_000, 64 * 64).reshape(64, 64).astype(np.int32)
     near(saved(Image.fromarray(values), GRAY, "image.tif"), (values / 4e9) + 0.5)
+    near(saved(Image.new("F", (64, 64), 7.5), GRAY, "image.tif"), 0)
     values = np.linspace(-3, 5, 64 * 64, dtype=np.float32).reshape(64, 64)
     near(saved(Image.fromarray(values), GRAY, "image.tif"), (values + 3) / 8)
-    near(saved(Image.new("F", (64, 64), 7.5), GRAY, "image.tif"), 0)
-
-
-def test_nan_and_infinity_become_the_ends_of_the_range(saved):
-    values = np.linspace(-3, 5, 64 * 64, dtype=np.float32).reshape(64, 64)
-    values[9, :3] = np.nan, -np.inf, np.inf
+    values[9, :3] = np.nan, -np.inf, np.inf  # become the ends of the range
     loaded = saved(Image.fromarray(values), GRAY, "image.tif")[0]
     assert loaded[9, :3].tolist() == [0, 0, 1] and loaded[0, 0] == 0 and loaded[63, 63] == 1
 
 
 def tall(mode):
     values = np.arange(96 * 32).reshape(96, 32)
-    if mode == "I;16":
-        return Image.fromarray(values.astype(np.uint16))
-    return Image.fromarray((values % 251).astype(np.uint8)).convert(mode)
+    return Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else gray(values % 251).convert(mode)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
-def test_exif_orientation_of_a_tiff_is_undone(tmp_path, orientation, mode, compression):
-    config = small(image_size=(96, 32) if orientation < 5 else (32, 96), in_channels=1)
-    tall(mode).save(tmp_path / "upright.tif")
-    upright = load(tmp_path / "upright.tif", small(image_size=(96, 32), in_channels=1))[0]
-    tall(mode).save(tmp_path / "image.tif", compression=compression, tiffinfo={0x0112: orientation})
+def test_exif_orientation_of_a_tiff_is_undone(saved, orientation, mode, compression):
+    upright = saved(tall(mode), small(image_size=(96, 32), in_channels=1), "upright.tif")[0]
     turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
-              6: np.rot90(upright, 3), 7: upright[::-1, ::-1].T, 8: np.rot90(upright)}  # fmt: skip
-    near(load(tmp_path / "image.tif", config), turned[orientation])
+              6: np.rot90(upright, 3), 7: upright[::-1, ::-1].T, 8: np.rot90(upright)}[orientation]  # fmt: skip
+    config, options = small(image_size=turned.shape, in_channels=1), dict(tiffinfo={0x0112: orientation})
+    near(saved(tall(mode), config, "image.tif", compression=compression, **options), turned)
 
 
 def test_exif_orientation_of_a_png_is_undone(saved):
@@ -150,9 +133,9 @@ def test_first_frame_of_several(saved, name):
 
 @pytest.mark.parametrize("mode", ["L", "F"])
 def test_resizing_preserves_positions_and_mean(saved, mode):
-    values = np.zeros((128, 200), np.uint8)
+    values = np.zeros((128, 200))
     values[64:, :100] = 255  # lower left
-    (loaded,) = saved(Image.fromarray(values).convert(mode), small(image_size=(32, 96), in_channels=1), "image.tif")
+    (loaded,) = saved(gray(values).convert(mode), small(image_size=(32, 96), in_channels=1), "image.tif")
     assert loaded.mean() == pytest.approx(0.25, abs=0.01)
     assert loaded[20:, :40].min() == 1 and not loaded[:12].any() and not loaded[:, 56:].any()
 
@@ -164,12 +147,15 @@ def refused(path, config, sentence):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    sentence = "in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got 4"
-    refused(ROOT / "sample.png", small(in_channels=4), sentence)
     path = tmp_path / "nan.tif"
     Image.new("F", (64, 64), float("nan")).save(path)
     refused(path, GRAY, f"cannot read {path} as an image: no pixel is finite")
     refused(tmp_path, GRAY, f"cannot read {tmp_path} as an image: Is a directory")
+    channels = "in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got 4"
+    refused(ROOT / "sample.png", small(in_channels=4), channels)
+    for side in (9_472, 1_000_000):
+        sentence = f"image_size must be within Pillow's limit of 89478485 pixels, got {side} x {side}"
+        refused(ROOT / "sample.png", small(image_size=side), sentence)
 
 
 def png_header(width, height):
@@ -186,9 +172,3 @@ def test_an_image_over_pillows_limit_is_refused_on_purpose(tmp_path, recwarn, wi
     path.write_bytes(png_header(width, 10_000))
     refused(path, GRAY, f"{path} is refused: it has more pixels than Pillow's limit of 89478485")
     assert not recwarn.list
-
-
-@pytest.mark.parametrize("side", [9_472, 1_000_000])
-def test_an_image_size_over_pillows_limit_is_refused(side):
-    sentence = f"image_size must be within Pillow's limit of 89478485 pixels, got {side} x {side}"
-    refused(ROOT / "sample.png", small(image_size=side), sentence)

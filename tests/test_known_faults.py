@@ -70,7 +70,7 @@ FAULTS = {  # name: the test that detects it, the text of the script, its replac
     "dropout on while predicting": (inference, "model.eval().to(", "model.to("),
     "gradients on while predicting": (inference, "with torch.inference_mode():", "if True:"),
     "printing inside forward": (silence, FORWARD, "print(x.shape); " + FORWARD),
-    "a figure only where there is a display": (command, "    figure = draw(", "    plt.switch_backend('tkagg'); figure = draw("),
+    "a figure only where there is a display": (command, "    save(draw(", "    plt.switch_backend('tkagg'); save(draw("),
     "a sample path that holds in one folder only": (command, 'Path(__file__).resolve().parent / "sample.png"', 'Path("sample.png")'),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, unetr
+from conftest import ROOT, unetr, vit_checkpoint
 from PIL import Image
 from test_known_faults import FAULTS
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,10 +50,8 @@ def test_requirements():
 
 
 def test_figure_is_what_the_script_draws_today(run):
-    shown, drawn = (
-        np.asarray(Image.open(path).convert("RGB"), dtype=float)
-        for path in (ROOT / "tests/baseline/unetr-2d.png", run[1])
-    )
+    paths = (ROOT / "tests/baseline/unetr-2d.png", run[1])
+    shown, drawn = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in paths)
     # Other processors round the logits differently, which changes few colors a little; another seed gives 12.
     assert shown.shape == drawn.shape and np.abs(shown - drawn).mean() < 1
 
@@ -64,15 +62,16 @@ def test_terminal_output_is_that_of_a_run(run):
     assert re.search(pattern, run[0], flags=re.DOTALL)
 
 
-def test_parameters_and_operations():
-    parameters, gflop = re.search(
-        r"has ([\d,]+) parameters and requires ([\d.]+) GFLOP", " ".join(README.split())
-    ).groups()
+def test_parameters_operations_and_tapped_layers():
+    text = " ".join(README.split())
+    parameters, gflop = re.search(r"has ([\d,]+) parameters and requires ([\d.]+) GFLOP", text).groups()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = unetr.UNETR()
         model(torch.empty(1, 3, 256, 256))
     assert f"{sum(p.numel() for p in model.parameters()):,}" == parameters
     assert f"{counter.get_total_flops() / 1e9:.1f}" == gflop
+    assert "for P = 8, layers 4, 8, 12 feed them" in text
+    assert unetr.UNETRConfig(patch_size=8).tapped_layers == (4, 8, 12)
 
 
 def test_every_name_in_the_table_of_the_paper_exists():
@@ -82,11 +81,6 @@ def test_every_name_in_the_table_of_the_paper_exists():
         for name in re.findall(r"`([\w.]+)`", row[1] + row[2]):
             owner, _, part = name.partition(".")
             assert hasattr(modules[owner], part) if part else hasattr(unetr, owner), name
-
-
-def test_layers_of_patch_size_8():
-    assert "for P = 8, layers 4, 8, 12 feed them" in " ".join(README.split())
-    assert unetr.UNETRConfig(patch_size=8).tapped_layers == (4, 8, 12)
 
 
 def test_known_faults_are_all_listed():
@@ -102,21 +96,11 @@ def test_every_test_and_file_named_exists():
     assert named and all(any(f"def {name}(" in text for text in files.values()) for name in named)
 
 
-def vit_checkpoint():
-    """A state_dict with the names and shapes of timm's vit_base_patch16_224."""
-    encoder = unetr.ViT(unetr.UNETRConfig(image_size=224)).state_dict()
-    shapes = {name: tensor.shape for name, tensor in encoder.items()} | {
-        "cls_token": (1, 1, 768), "pos_embed": (1, 197, 768), "patch_embed.proj.weight": (768, 3, 16, 16),
-        "norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768), "head.bias": (1000,),
-    }  # fmt: skip
-    return {name: torch.rand(shape) for name, shape in shapes.items()}
-
-
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("UNETR-2D.py", "sample.png"):
         shutil.copy(ROOT / name, tmp_path)
-    torch.save(vit_checkpoint(), "vit.pth")
+    torch.save(vit_checkpoint((14, 14), dim=768, mlp=3072, layers=12), "vit.pth")  # vit_base_patch16_224
     use, training, pretrained = blocks("python")
     names = {}
     exec(use, names)
