@@ -1,13 +1,13 @@
 """UNETR in 2D: image segmentation with a Vision Transformer as the encoder and a U-Net-style CNN as the decoder.
 
+Run as a command, it plots an image beside the output of the untrained network; --help lists the options.
+
 [1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504: source of all equations and figures cited here.
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929: ViT.
 [3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852: He initialization.
 
 Shapes: batch size B, image channels C, image size H x W in pixels, patch size P, number of tokens N = (H/P)(W/P),
 hidden size K (the embedding dimension), feature map size h x w.
-
-Run as a command, it plots an image beside the output of the untrained network; --help lists the options.
 """
 
 import argparse
@@ -166,7 +166,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos, eq. 1
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos, see initialize
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.register_load_state_dict_pre_hook(ViT.adapt_checkpoint)
@@ -186,10 +186,7 @@ class ViT(nn.Module):
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
     def adapt_checkpoint(self, state_dict: dict, prefix: str, *_: object) -> None:
-        """Called before loading: flatten a patch convolution, and resize positions on a square grid to the configured.
-
-        As many positions as configured are kept as they are. Raises InputError for any other number.
-        """
+        """Before loading, flatten a patch convolution, and resize a square grid of positions if it is not of size N."""
         kernel, positions = f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
         channels, patch = self.config.in_channels, self.config.patch_size
         if kernel in state_dict and state_dict[kernel].shape[1:] == (channels, patch, patch):
