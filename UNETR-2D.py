@@ -166,7 +166,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos, see initialize
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(config.grid), config.hidden_dim))  # E_pos, eq. 1
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.register_load_state_dict_pre_hook(ViT.adapt_checkpoint)
