@@ -1,6 +1,6 @@
 """UNETR in 2D: image segmentation with a Vision Transformer as the encoder and a U-Net-style CNN as the decoder.
 
-Run as a command, it plots an image beside the output of the untrained network; --help lists the options.
+Run as a command, it plots an image beside the output of the network; --help lists the options.
 
 [1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504: source of all equations and figures cited here.
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929: ViT.
@@ -90,7 +90,7 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of the patches, E in eq. 1, equivalent to a P x P convolution: (B, C, H, W) -> (B, N, K)."""
+    """Linear projection of the patches, E in eq. 1, like a P x P convolution of stride P: (B, C, H, W) -> (B, N, K)."""
 
     def __init__(self, config: UNETRConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Attention(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         qkv = self.qkv(z).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, K/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, K/heads)
-        # softmax(q k^T / sqrt(K/heads)) v, eq. 4 and 5, no dropout. The fused kernels do not store the N x N matrix.
+        # softmax(q k^T / sqrt(K/heads)) v, eqs. 4 and 5, no dropout. The fused kernels do not store the N x N matrix.
         z = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.proj(z.transpose(1, 2).flatten(2))  # heads concatenated: (B, N, K), eq. 6
 
@@ -159,7 +159,7 @@ class ViT(nn.Module):
     """Vision Transformer [2] without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
     H and W may differ from the configured size, but must be multiples of P; raises InputError otherwise. The state_dict
-    of a timm ViT loads with strict=False: all but its class token, final norm, and head; check the keys returned.
+    of a plain timm ViT loads with strict=False; only its class token, final norm, and head may be left over.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -186,7 +186,7 @@ class ViT(nn.Module):
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
     def adapt_checkpoint(self, state_dict: dict, prefix: str, *_: object) -> None:
-        """Before loading, flatten a patch convolution, and resize a square grid of positions if it is not of size N."""
+        """Before loading, flatten a patch kernel, drop the class position, and resize a square grid not of N tokens."""
         kernel, positions = f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
         channels, patch = self.config.in_channels, self.config.patch_size
         if kernel in state_dict and state_dict[kernel].shape[1:] == (channels, patch, patch):
@@ -206,7 +206,7 @@ class OrangeBlock(nn.Sequential):
     """Orange in Figure 2 (conv 3x3, batch norm, ReLU): (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # batch norm adds one
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # batch norm has one
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
@@ -250,8 +250,8 @@ class DecoderStage(nn.Module):
 class UNETR(nn.Module):
     """Images (B, C, H, W) -> logits (B, out_channels, H, W): apply sigmoid if out_channels is 1, otherwise softmax.
 
-    Figure 2 in 2D at the default sizes, with the output channels of each block. z3 to z12 are the feature maps of the
-    encoder after Transformer layers 3 to 12, with 768 channels at 1/16 resolution; x is the output of the row above.
+    Figure 2 in 2D at the default sizes, with the output channels of each block. z3, z6, z9, z12 are the outputs of
+    those Transformer layers as feature maps, with 768 channels at 1/16 resolution; x is the output of the row above.
 
                       up               skip                                  merge1, merge2
     decoder[0]  1/8   z12 ─ green 512  z9 ─ blue 512                         concat 1024 ─ orange 512 ─ orange 512
@@ -288,9 +288,9 @@ class UNETR(nn.Module):
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize a UNETR: normal weights with the std below, norm weights one, and all biases zero.
+    """Initialize a UNETR: Gaussian weights with the std below, norm weights one, all biases zero.
 
-    Without training, the logits of the sample then have a std of 0.5 to 0.9 in eval mode. With PyTorch's defaults it is
+    Without training, the logits of sample.png have a std of 0.5 to 0.9 in eval mode. With PyTorch's defaults it is
     about 0.004, and the encoder hardly matters.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
@@ -315,7 +315,7 @@ COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # the colors of 
 
 
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
-    """Read the first frame of an image file, rotated as its EXIF block says, resized: (1, C, H, W), in [0, 1].
+    """Read the first frame of an image file, rotated per its EXIF data, and resized: (1, C, H, W), in [0, 1].
 
     Transparency is composited over black. Grayscale of more than 8 bits is min-max scaled: a 12-bit X-ray in a 16-bit
     file would be almost black otherwise. Raises InputError if C is neither 1 nor 3, if the file is not a readable
@@ -331,7 +331,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file)
             image.load()
-            with suppress(Exception):  # with a damaged EXIF block, keep the image as stored
+            with suppress(Exception):  # with damaged EXIF data, keep the image as stored
                 image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
             values = np.asarray(image, dtype=np.float64)
@@ -373,7 +373,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
         shown = right.imshow(logits[0].argmax(0).numpy(), **options)
         figure.colorbar(shown, label="class", ticks=range(0, classes, math.ceil(classes / 20)))
     left.set(title=f"Input: {rows} x {columns} patches of {patch} x {patch} pixels", xticks=[], yticks=[])
-    right.set(title="Output" if trained else "Untrained network: meaningless until trained", xticks=[], yticks=[])
+    right.set(title="Output" if trained else "Output of an untrained network: meaningless", xticks=[], yticks=[])
     return figure
 
 
@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     network.add_argument("--num-layers", type=int, default=12, help="L, Transformer layers")
     network.add_argument("--num-heads", type=int, default=12, help="attention heads per layer")
     network.add_argument("--mlp-dim", type=int, default=3072, help="hidden units of each MLP")
-    network.add_argument("--dropout-rate", type=float, default=0.0, help="no effect here, since nothing is trained")
+    network.add_argument("--dropout-rate", type=float, default=0.0, help="no effect here: always in eval mode")
     network.add_argument("--feature-size", type=int, default=64, help="F, the decoder's channels at full resolution")
     try:
         run(parser.parse_args(argv))
