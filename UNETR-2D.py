@@ -473,9 +473,10 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 after printing the usage and one sentence to standard error."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    numbered = [f"{accelerator}:{i}" for i in range(torch.accelerator.device_count())]
-    devices = [str(accelerator), *numbered, "cpu"] if accelerator else ["cpu"]
+    devices = ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        numbered = [f"{accelerator}:{i}" for i in range(torch.accelerator.device_count())]
+        devices = [str(accelerator), *numbered, "cpu"]
     usage, formatter = "%(prog)s [image] [options]", argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser("UNETR-2D.py", usage, __doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("image", type=Path, nargs="?", default=SAMPLE, help="image file")
