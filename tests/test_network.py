@@ -1,7 +1,6 @@
-"""The network: every valid configuration runs, trains, and is saved and restored; every other is refused."""
+"""The network: every valid configuration runs and trains, every other is refused; initialization, dropout, hooks."""
 
 import dataclasses
-import io
 import json
 
 import pytest
@@ -50,16 +49,6 @@ def test_any_multiple_of_the_patch_size_runs(config, grid):
 def test_encoder_returns_one_feature_map_per_stage(config):
     maps = unetr.UNETR(config).encoder(images(config))
     assert [z.shape for z in maps] == [(2, config.hidden_dim, *config.grid)] * len(config.tapped_layers)
-
-
-def test_state_dict_round_trip(config):
-    model, other = unetr.UNETR(config), unetr.UNETR(config)
-    model(images(config))  # updates the running statistics, which have to be saved too
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(model.eval()(images(config)), other.eval()(images(config)))
 
 
 def test_forward_prints_nothing(capsys):
