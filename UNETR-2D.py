@@ -156,7 +156,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[i
 
 
 class ViT(nn.Module):
-    """Vision Transformer [2] without class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
+    """Vision Transformer [2] with no class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
     H and W may differ from the configured size, but must be multiples of P; raises InputError otherwise. The state_dict
     of a plain timm ViT loads with strict=False; only its class token, final norm, and head may be left over.
@@ -186,7 +186,7 @@ class ViT(nn.Module):
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
     def adapt_checkpoint(self, state_dict: dict, prefix: str, *_: object) -> None:
-        """Before loading, flatten a patch kernel, drop the class position, and resize a square grid not of N tokens."""
+        """On loading: flatten a patch kernel, drop the class position, resize a square grid unless it has N tokens."""
         kernel, positions = f"{prefix}patch_embed.proj.weight", f"{prefix}pos_embed"
         channels, patch = self.config.in_channels, self.config.patch_size
         if kernel in state_dict and state_dict[kernel].shape[1:] == (channels, patch, patch):
@@ -251,7 +251,7 @@ class UNETR(nn.Module):
     """Images (B, C, H, W) -> logits (B, out_channels, H, W): apply sigmoid if out_channels is 1, otherwise softmax.
 
     Figure 2 in 2D at the default sizes, with the output channels of each block. z3, z6, z9, z12 are the outputs of
-    those Transformer layers as feature maps, with 768 channels at 1/16 resolution; x is the output of the row above.
+    Transformer layers 3, 6, 9, 12 as feature maps, 768 channels at 1/16 resolution; x is the output of the row above.
 
                       up               skip                                  merge1, merge2
     decoder[0]  1/8   z12 ─ green 512  z9 ─ blue 512                         concat 1024 ─ orange 512 ─ orange 512
@@ -290,8 +290,8 @@ class UNETR(nn.Module):
 def initialize(model: UNETR) -> None:
     """Initialize a UNETR: Gaussian weights with the std below, norm weights one, all biases zero.
 
-    Without training, the logits of sample.png have a std of 0.5 to 0.9 in eval mode. With PyTorch's defaults it is
-    about 0.004, and the encoder hardly matters.
+    Without training, the logits of sample.png have a std of 0.5 to 0.9 in eval mode, depending on the seed. With
+    PyTorch's defaults it is about 0.004, and the encoder hardly matters.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -494,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
     network.add_argument("--num-layers", type=int, default=12, help="L, Transformer layers")
     network.add_argument("--num-heads", type=int, default=12, help="attention heads per layer")
     network.add_argument("--mlp-dim", type=int, default=3072, help="hidden units of each MLP")
-    network.add_argument("--dropout-rate", type=float, default=0.0, help="no effect here: always in eval mode")
+    network.add_argument("--dropout-rate", type=float, default=0.0, help="no effect: the command runs in eval mode")
     network.add_argument("--feature-size", type=int, default=64, help="F, the decoder's channels at full resolution")
     try:
         run(parser.parse_args(argv))
