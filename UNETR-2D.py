@@ -158,8 +158,8 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[i
 class ViT(nn.Module):
     """Vision Transformer [2] with no class token: (B, C, H, W) -> outputs of the tapped layers, each (B, K, H/P, W/P).
 
-    H and W may differ from the configured size, but must be multiples of P; raises InputError otherwise. The state_dict
-    of a plain timm ViT loads with strict=False; only its class token, final norm, and head may be left over.
+    H and W may be any multiples of P: the position embedding is resized to them. Raises InputError for other shapes.
+    The state_dict of a plain timm ViT loads with strict=False; its class token, final norm, and head are left over.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -206,7 +206,7 @@ class OrangeBlock(nn.Sequential):
     """Orange in Figure 2 (conv 3x3, batch norm, ReLU): (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # batch norm has one
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)  # batch norm has a bias
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
@@ -321,7 +321,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     file would be almost black otherwise. Raises InputError if C is neither 1 nor 3, if the file is not a readable
     image, or if the file or the configured size exceeds Pillow's pixel limit.
     """
-    (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS
+    (height, width), channels, limit = config.size, config.in_channels, Image.MAX_IMAGE_PIXELS or math.inf
     if channels not in (1, 3):
         raise InputError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {channels}")
     if height * width > limit:
@@ -441,8 +441,8 @@ def run(args: argparse.Namespace) -> None:
     output = args.output.resolve()
     if output.suffix.lower() not in EXTENSIONS:
         raise InputError(f"the output extension must be one of {', '.join(EXTENSIONS)}, got {output.name!r}")
-    if output == args.image.resolve():
-        raise InputError(f"the output must not replace the image, got {output} for both")
+    if output in [path.resolve() for path in (args.image, args.weights) if path]:
+        raise InputError(f"the output must not replace an input, got {output} for both")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"cannot write {output}: its folder does not exist or is not writable")
     image = load_image(args.image, config)

@@ -158,6 +158,11 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         refused(ROOT / "sample.png", small(image_size=side), sentence)
 
 
+def test_pillows_limit_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    load(ROOT / "sample.png", GRAY)
+
+
 def png_header(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
