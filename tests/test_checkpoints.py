@@ -1,72 +1,170 @@
-"""Checkpoints: another image size, a ViT with timm's names; whatever does not fit is an error, never silently random."""
+"""Checkpoints: positions are resized from the right grid; other mismatches are reported."""
+
+import itertools
+import math
 
 import pytest
 import torch
-from conftest import largest_difference, small, unetr, vit_checkpoint
+from conftest import largest_difference, resized, small, unetr, vit_checkpoint
 
-CONFIG = small(image_size=(64, 96), num_layers=4)
-
-
-def resized(positions, grid, new_grid):
-    """(N, K) -> (new N, K), written independently of the script."""
-    image = positions.T.reshape(1, -1, *grid)
-    return torch.nn.functional.interpolate(image, size=new_grid, mode="bicubic").flatten(2)[0].T
+TOKENS = ("cls_token", "dist_token", "reg_token")
+GRIDS = [(1, 1), (1, 4), (2, 2), (2, 3), (3, 2), (3, 3), (4, 9), (9, 4), (6, 6), (5, 8)]
 
 
-@pytest.mark.parametrize("grid", [(3, 3), (4, 6), (9, 9)])
-@pytest.mark.parametrize("cls_token", [True, False])
-def test_a_vit_checkpoint_fills_the_encoder(grid, cls_token):
-    vit, model = vit_checkpoint(grid, cls_token), unetr.UNETR(CONFIG)
-    before = {name: tensor.clone() for name, tensor in vit.items()}
-    result = model.encoder.load_state_dict(vit, strict=False)
-    unused = {"norm.weight", "norm.bias", "head.weight", "head.bias"} | ({"cls_token"} if cls_token else set())
-    assert result.missing_keys == [] and set(result.unexpected_keys) == unused
-    loaded = model.encoder.state_dict()
-    for name in set(vit) - unused - {"pos_embed"}:
-        assert torch.equal(loaded[name].flatten(), vit[name].flatten()), name
-    positions = vit["pos_embed"][0, cls_token:]
-    torch.testing.assert_close(loaded["pos_embed"][0], resized(positions, grid, (4, 6)))
-    assert all(torch.equal(vit[name], tensor) for name, tensor in before.items())  # the caller's tensors are unchanged
-    tile = torch.rand(1, 3, 16, 16)
-    expected = torch.nn.functional.conv2d(tile, vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"], stride=16)
-    assert largest_difference(model.encoder.patch_embed(tile)[0, 0], expected.flatten()) <= 1e-5
+def encoder(grid):
+    """A small encoder with patches of 2 x 2 pixels."""
+    height, width = grid
+    sizes = dict(hidden_dim=6, num_layers=1, num_heads=1, mlp_dim=4, feature_size=1)
+    return unetr.ViT(unetr.UNETRConfig(image_size=(2 * height, 2 * width), patch_size=2, **sizes))
 
 
-def test_the_class_token_is_dropped_even_if_the_numbers_of_positions_are_equal():
-    model = unetr.UNETR(small(image_size=(32, 80), num_layers=4))  # 10 positions, like 3 x 3 and a class token
-    vit = vit_checkpoint((3, 3))
-    model.encoder.load_state_dict(vit, strict=False)
-    torch.testing.assert_close(model.encoder.pos_embed[0], resized(vit["pos_embed"][0, 1:], (3, 3), (2, 5)))
+def coordinates(grid):
+    """A position embedding (1, h, w, 6) of coordinates: no two are equal, none is symmetric."""
+    rows, columns = torch.meshgrid(*(torch.arange(float(side)) for side in grid), indexing="ij")
+    features = [rows, columns, rows * columns, rows**2, columns**2, rows - columns]
+    return torch.stack(features, dim=2).unsqueeze(0)
 
 
-@pytest.mark.parametrize("new_size", [96, (48, 112)])
-def test_a_checkpoint_of_another_image_size_is_the_same_network(new_size):
-    model, other = unetr.UNETR(small()).eval(), unetr.UNETR(small(image_size=new_size)).eval()
-    other.load_state_dict(model.state_dict())
-    image = torch.rand(1, 3, *other.config.size)
-    torch.testing.assert_close(other(image), model(image))  # which resizes its position embedding at run time
+def assert_positions(loaded, positions, grid):
+    if positions.shape[1:3] == grid:
+        assert torch.equal(loaded.pos_embed, positions)
+    else:
+        torch.testing.assert_close(loaded.pos_embed, resized(positions, grid))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("new_grid", GRIDS)
+def test_own_positions_are_resized_from_their_own_grid(grid, new_grid):
+    saved, loaded = encoder(grid), encoder(new_grid)
+    saved.pos_embed.data = coordinates(grid)
+    loaded.load_state_dict(saved.state_dict())
+    assert_positions(loaded, coordinates(grid), new_grid)
+
+
+@pytest.mark.parametrize("side", range(1, 9))
+def test_vit_positions_are_those_of_their_square_grid_or_an_error(side):
+    """With any prefix tokens, whether they have positions or not."""
+    right = coordinates((side, side))
+    refused = 0
+    combinations = list(itertools.product((0, 1), (0, 1), (0, 1, 4)))
+    for numbers, new_grid in itertools.product(combinations, GRIDS):
+        prefix_tokens = sum(numbers)
+        # positions of no prefix token, of the class token, of all
+        for prefix in {0, numbers[0], prefix_tokens}:
+            positions = torch.cat([torch.full((1, prefix, 6), -100.0), right.flatten(1, 2)], dim=1)
+            checkpoint = {"pos_embed": positions}
+            for name, number in zip(TOKENS, numbers, strict=True):
+                if number:
+                    checkpoint[name] = torch.zeros(1, number, 6)
+            loaded = encoder(new_grid)
+            try:
+                loaded.load_state_dict(checkpoint, strict=False)
+            except ValueError as error:
+                assert str(error).endswith(f"got {side**2 + prefix} positions")
+                refused += 1
+            else:
+                assert_positions(loaded, right, new_grid)
+    if side > 3:  # below, two grids can have as many tokens: 2 x 2 and five prefix tokens, or 3 x 3
+        assert not refused
+
+
+@pytest.mark.parametrize("tokens", range(40))
+@pytest.mark.parametrize("prefix", range(3))
+def test_positions_that_belong_to_no_square_grid_are_refused(tokens, prefix):
+    checkpoint = {"pos_embed": torch.zeros(1, tokens, 6)}
+    for name in TOKENS[:prefix]:
+        checkpoint[name] = torch.zeros(1, 1, 6)
+    if tokens and tokens - math.isqrt(tokens) ** 2 <= prefix:
+        encoder((2, 3)).load_state_dict(checkpoint, strict=False)
+    else:
+        with pytest.raises(ValueError, match=f"pos_embed .* got {tokens} positions"):
+            encoder((2, 3)).load_state_dict(checkpoint, strict=False)
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "size, new_size",
+    [((144, 256), (288, 512)), ((192, 256), (256, 192)), ((192, 256), (384, 512))],
+)
+def test_own_weights_of_another_image_size_are_the_same_network(size, new_size):
+    model = unetr.UNETR(small(image_size=size)).eval()
+    torch.nn.init.normal_(model.encoder.pos_embed)
+    other = unetr.UNETR(small(image_size=new_size)).eval()
+    other.load_state_dict(model.state_dict())
+    image = torch.rand(1, 3, *new_size)
+    with torch.inference_mode():
+        logits = model(image)  # resizes its position embedding at run time
+        torch.testing.assert_close(other(image), logits)
+        other.encoder.pos_embed.zero_()
+        assert (other(image) - logits).std() > 0.1 * logits.std()
+
+
+CLASS, DISTILLED = [("cls_token", 1)], [("cls_token", 1), ("dist_token", 1)]
+VITS = {
+    "384 pixels, into as many tokens": (24, 1, CLASS, (288, 512)),
+    "DeiT III: no position for the class token": (14, 0, CLASS, 224),
+    "distilled DeiT": (14, 2, DISTILLED, 224),
+    "registers": (14, 5, [*CLASS, ("reg_token", 4)], 224),
+    "registers without positions": (14, 0, [*CLASS, ("reg_token", 4)], (224, 256)),
+    "no class token": (4, 0, [], (64, 96)),
+    "as many positions as tokens, one of the class token": (3, 1, CLASS, (32, 80)),
+}
+
+
+@pytest.mark.parametrize("side, prefix, tokens, size", VITS.values(), ids=VITS.keys())
+def test_a_timm_vit_fills_the_encoder(side, prefix, tokens, size):
+    vit = vit_checkpoint(side**2 + prefix, tokens)
+    model = unetr.UNETR(small(image_size=size, num_layers=4))
+    before = {name: tensor.clone() for name, tensor in vit.items()}
+    result = model.encoder.load_state_dict(vit, strict=False)
+    unused = {"norm.weight", "norm.bias", "head.weight", "head.bias"} | {name for name, _ in tokens}
+    assert result.missing_keys == []
+    assert set(result.unexpected_keys) == unused
+    positions = vit["pos_embed"][:, prefix:].unflatten(1, (side, side))
+    assert_positions(model.encoder, positions, model.config.grid)
+    loaded = model.encoder.state_dict()
+    for name in set(vit) - unused - {"pos_embed", "patch_embed.proj.weight"}:
+        assert torch.equal(loaded[name], vit[name]), name
+    for name, tensor in before.items():  # the caller's tensors are unchanged
+        assert torch.equal(vit[name], tensor), name
+    image = torch.rand(2, 3, 32, 48)
+    weight, bias = vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"]
+    expected = torch.nn.functional.conv2d(image, weight, bias, stride=16).flatten(2).transpose(1, 2)
+    assert largest_difference(model.encoder.patch_embed(image), expected) <= 1e-5
+
+
+def refused(checkpoint, message, **sizes):
+    model = unetr.UNETR(small(image_size=(64, 96), num_layers=4, **sizes))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model.encoder.load_state_dict(checkpoint, strict=False)
+
+
+def test_positions_of_a_grid_that_is_not_square_are_refused():
+    refused(vit_checkpoint(192, CLASS), "pos_embed .* got 192 positions")
+
+
+def test_a_patch_kernel_of_another_patch_size_is_refused_even_if_the_flattened_sizes_are_equal():
+    name = "patch_embed.proj.weight"  # 3 * 16 * 16 = 12 * 8 * 8
+    refused(vit_checkpoint(16), f"size mismatch for {name}", in_channels=12, patch_size=8)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
     [
-        (dict(pos_embed=(1, 16, 24)), "pos_embed must have 24 or a square number of positions, got 15"),
-        (dict(pos_embed=(1, 26, 48)), r"size mismatch for pos_embed"),
-        ({"patch_embed.proj.weight": (24, 12, 8, 8)}, "size mismatch for patch_embed.proj.weight"),  # as many numbers
-        ({"patch_embed.proj.weight": (24, 3, 8, 8)}, "size mismatch for patch_embed.proj.weight"),
-        ({"blocks.0.mlp.fc1.weight": (41, 24)}, "size mismatch for blocks.0.mlp.fc1.weight"),
+        ("pos_embed", (1, 16, 48)),
+        ("pos_embed", (16, 24)),
+        ("pos_embed", (1, 2, 3, 4, 24)),
+        ("blocks.0.mlp.fc1.weight", (41, 24)),
     ],
 )
-def test_a_shape_that_does_not_fit_is_an_error(changed, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        unetr.UNETR(CONFIG).encoder.load_state_dict(vit_checkpoint(**changed), strict=False)
+def test_a_shape_that_does_not_match_is_refused(name, shape):
+    refused({**vit_checkpoint(16), name: torch.zeros(shape)}, f"size mismatch for {name}")
 
 
-def test_a_name_that_does_not_fit_is_reported():
-    vit = vit_checkpoint()
+def test_a_name_that_does_not_match_is_reported():
+    vit = vit_checkpoint(16)
     vit["blocks.0.attn.query.weight"] = vit.pop("blocks.0.attn.qkv.weight")
-    result = unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False)
-    assert result.missing_keys == ["blocks.0.attn.qkv.weight"]
+    del vit["pos_embed"], vit["patch_embed.proj.weight"]
+    result = unetr.UNETR(small(num_layers=4)).encoder.load_state_dict(vit, strict=False)
+    missing = {"blocks.0.attn.qkv.weight", "pos_embed", "patch_embed.proj.weight"}
+    assert set(result.missing_keys) == missing
     assert "blocks.0.attn.query.weight" in result.unexpected_keys
-    del vit["pos_embed"]
-    assert "pos_embed" in unetr.UNETR(CONFIG).encoder.load_state_dict(vit, strict=False).missing_keys

@@ -1,5 +1,6 @@
-"""PyTorch's own tools work on the unchanged network, on the CPU and on an accelerator if there is one."""
+"""PyTorch's own tools work on the network, on the CPU and on an accelerator if available."""
 
+import copy
 import functools
 import io
 import shutil
@@ -27,7 +28,8 @@ def image(device="cpu", batch=2, size=(64, 64)):
 def backward(model, x):
     """The gradients of a training step, by name."""
     model(x).square().mean().backward()
-    return {name.removeprefix("_orig_mod."): parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
 
 
 def report(what, ours, theirs, tolerance):
@@ -41,8 +43,9 @@ def test_compile_in_one_graph(device):
         pytest.skip("on the CPU, torch.compile requires a C++ compiler")
     if device.type == "mps":
         pytest.skip("MPS has no double precision, without which rounding can switch a ReLU")
-    model, x = build(device).double(), image(device).double()
-    compiled = torch.compile(build(device).double(), fullgraph=True)
+    config = small(patch_size=4, image_size=16, num_layers=2)  # two stages: quicker to compile
+    model, x = unetr.UNETR(config).to(device).double(), image(device, size=(16, 16)).double()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     torch.testing.assert_close(backward(compiled, x), backward(model, x), atol=1e-9, rtol=1e-6)
     with torch.inference_mode():
         report(f"compiled, {device}", [compiled.eval()(x)], [model.eval()(x)], 1e-11)
@@ -50,7 +53,8 @@ def test_compile_in_one_graph(device):
 
 def test_export_with_a_dynamic_batch_and_back(device):
     model, buffer = build(device).eval(), io.BytesIO()
-    program = torch.export.export(model, (image(device),), dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
+    dynamic = {"image": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (image(device),), dynamic_shapes=dynamic)
     torch.export.save(program, buffer)
     buffer.seek(0)
     restored = torch.export.load(buffer).module()
@@ -67,6 +71,20 @@ def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path):
     batches = [image(batch=size) for size in (1, 2, 5)]
     logits = [torch.from_numpy(session.run(None, {"image": batch.numpy()})[0]) for batch in batches]
     report("in onnxruntime", logits, map(model, batches), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
+def test_onnx_export_at_another_size_than_configured_is_right_at_every_size(tmp_path):
+    model, file = build().eval(), tmp_path / "unetr.onnx"  # configured for 64 x 64
+    nn.init.normal_(model.encoder.pos_embed)
+    rows, columns = (torch.export.Dim(name, max=64) for name in ("rows", "columns"))
+    options = dict(dynamic_shapes={"image": {2: 16 * rows, 3: 16 * columns}}, verbose=False)
+    torch.onnx.export(model, (image(size=(48, 80)),), file, dynamo=True, **options)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for size in ((64, 64), (32, 128), (128, 32), (16, 256), (48, 80), (16, 16), (144, 96)):
+        x = image(size=size)
+        logits = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+        report(f"in onnxruntime, {size}", [logits], [model(x)], 1e-5)
 
 
 def test_autocast_in_bfloat16(device):
@@ -107,7 +125,8 @@ def test_distributed_data_parallel_with_two_processes(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     start = dict(build().named_parameters())
     for name in start:
-        assert torch.equal(first[name], second[name]) and not torch.equal(first[name], start[name]), name
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(first[name], start[name]), name
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(device):
@@ -124,7 +143,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 unetr = importlib.import_module("UNETR-2D")
 import torch
-model = unetr.UNETR(unetr.UNETRConfig({side}, 2, hidden_dim=32, num_layers=2, num_heads=2, mlp_dim=32, feature_size=1))
+sizes = dict(hidden_dim=32, num_layers=2, num_heads=2, mlp_dim=32, feature_size=1)
+model = unetr.UNETR(unetr.UNETRConfig({side}, 2, **sizes))
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()
 model(torch.rand(1, 3, {side}, {side})).mean().backward()
@@ -136,8 +156,9 @@ print(peak() - before)
 def test_memory_grows_linearly_with_the_tokens():
     def peak(side):
         code = PEAK.format(root=str(ROOT), side=side)
-        return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        return float(subprocess.check_output([sys.executable, "-c", code], text=True))
 
-    small, large = peak(128), peak(256)  # 4,096 and 16,384 tokens: the N x N matrices of two heads would take 2 GiB
+    # 4,096 and 16,384 tokens, whose N x N matrices of two heads would take 2 GiB
+    small, large = peak(128), peak(256)
     print(f"\n4096 tokens: {small:.0f} MiB, 16384 tokens: {large:.0f} MiB")
     assert large < 5 * small and large < 512
