@@ -1,4 +1,4 @@
-"""UNETR in 2D [1]: image segmentation with a Vision Transformer [2] as encoder, a CNN as decoder.
+"""2D UNETR [1]: image segmentation with a Vision Transformer [2] encoder and a CNN decoder.
 
 The network at its defaults, as in Figure 2, with the output shapes for an image (3, 256, 256):
 
@@ -14,12 +14,12 @@ The network at its defaults, as in Figure 2, with the output shapes for an image
     head         x > grey                                                          (1, 256, 256)
 
 z3 is the output of layer 3 as a feature map, and so on. x is the previous row's output. Every block
-in a row outputs the number of channels shown at the right; cat concatenates along the channels.
+in a row outputs the number of channels shown on the right; cat concatenates along the channels.
 
 Run it:    python UNETR-2D.py [image] [options]    plots an image beside the network's output
-Call it:   cp UNETR-2D.py unetr_2d.py              since no module name may have a hyphen; then:
+Call it:   cp UNETR-2D.py unetr_2d.py              a module name cannot contain a hyphen; then:
            from unetr_2d import UNETR, UNETRConfig
-           model = UNETR(UNETRConfig(out_channels=4))  # (B, 3, H, W) -> (B, 4, H, W)
+           model = UNETR(UNETRConfig(out_channels=4)).eval()  # (B, 3, H, W) -> (B, 4, H, W)
 
 [1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (all equations and figures)
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT)
@@ -54,9 +54,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class UNETRConfig:
-    """Hyperparameters; encoder and decoder have the paper's by default.
+    """Hyperparameters. The defaults of the encoder and the decoder are the paper's.
 
-    Raises ValueError for an invalid size; nn.Dropout does so for the rate.
+    Raises ValueError for an invalid value; for dropout_rate, nn.Dropout does that later.
     """
 
     image_size: int | tuple[int, int] = 256  # H (and W = H), or (H, W), in pixels
@@ -68,7 +68,7 @@ class UNETRConfig:
     num_heads: int = 12  # attention heads per layer, each of dimension K / num_heads
     mlp_dim: int = 3072  # hidden units of the MLP in each layer
     dropout_rate: float = 0.0  # after position embedding, attention, GELU and MLP; encoder only
-    feature_size: int = 64  # decoder channels at full resolution, doubled at each coarser one
+    feature_size: int = 64  # decoder channels at full resolution, doubled at each coarser stage
 
     @property
     def size(self) -> tuple[int, int]:
@@ -191,15 +191,16 @@ class TransformerBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer [2] without class token: image -> [z3, z6, z9, z12] as feature maps.
+    """Vision Transformer [2] without a class token: image -> [z3, z6, z9, z12] as feature maps.
 
-    (B, C, H, W) -> a list of (B, K, H/P, W/P), one for each of the tapped layers. H and W may be
-    any multiples of P: if they are not the configured ones, the position embedding is resized.
-    Raises ValueError for any other shape.
+    (B, C, H, W) -> a list of (B, K, H/P, W/P), one per tapped layer. H and W may be any multiples
+    of P: if they differ from the configured size, the position embedding is resized. Raises
+    ValueError for any other shape.
 
-    A timm ViT is loaded with model.encoder.load_state_dict(state_dict, strict=False), as described
-    at adapt_checkpoint. Of the keys that this returns, missing_keys must be empty; class token,
-    final norm and classifier are unexpected_keys. Normalize images as that ViT expects.
+    To load a timm ViT, call model.encoder.load_state_dict(state_dict, strict=False), which adapts
+    it as adapt_checkpoint describes. In the result, missing_keys must be empty, and unexpected_keys
+    may only name prefix tokens, the final norm and the classifier. Set num_heads to that ViT's,
+    which no shape reveals, and normalize images as it expects.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -232,7 +233,7 @@ class ViT(nn.Module):
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize a position embedding, bicubic without antialiasing: (1, h, w, K) -> (1, *grid, K)."""
+    """Resize pos_embed bicubically, without antialiasing: (1, h, w, K) -> (1, *grid, K)."""
     if tuple(pos_embed.shape[1:3]) == grid:
         return pos_embed
     pos_embed = pos_embed.permute(0, 3, 1, 2)  # (1, K, h, w)
@@ -243,13 +244,13 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
 def adapt_checkpoint(encoder: ViT, state_dict: dict, prefix: str, *_: object) -> None:
     """Adapt a checkpoint to the encoder. PyTorch calls this before it loads the state_dict.
 
-    patch_embed.proj.weight   (K, C, P, P), a convolution's, is flattened to (K, C*P*P)
-    pos_embed                 (1, tokens, K), a ViT's, is taken for a square grid, possibly after
-                              class, distillation and register tokens, which are dropped;
+    patch_embed.proj.weight   (K, C, P, P), from a convolution: flattened to (K, C*P*P)
+    pos_embed                 (1, tokens, K), from a ViT: any positions of class, distillation and
+                              register tokens are dropped, the others must form a square grid;
                               then, like any (1, h, w, K), it is resized to the encoder's grid
 
-    PyTorch reports all other shapes that do not match. Raises ValueError if the number of tokens
-    does not determine the square grid.
+    PyTorch reports any other shape mismatch. Raises ValueError if the number of tokens does not
+    determine the square grid.
     """
     C, P = encoder.config.in_channels, encoder.config.patch_size
     name = f"{prefix}patch_embed.proj.weight"
@@ -258,7 +259,7 @@ def adapt_checkpoint(encoder: ViT, state_dict: dict, prefix: str, *_: object) ->
 
     name = f"{prefix}pos_embed"
     if name in state_dict and state_dict[name].ndim == 3:
-        prefix_tokens = 0  # the checkpoint may or may not have positions for them
+        prefix_tokens = 0  # at most: some ViTs have no positions for these tokens
         for token in ("cls_token", "dist_token", "reg_token"):
             if f"{prefix}{token}" in state_dict:
                 prefix_tokens += state_dict[f"{prefix}{token}"].shape[1]
@@ -325,10 +326,10 @@ class GreyBlock(nn.Conv2d):
 
 
 class DecoderStage(nn.Module):
-    """One resolution of Figure 2: upsample x, concatenate the skip connection, merge.
+    """One resolution level of Figure 2: upsample x, concatenate the skip connection, merge.
 
-    x: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w). The module skip must map skip_input to
-    that same shape.
+    x: (B, in_channels, h, w) -> (B, out_channels, 2h, 2w). The skip module must map skip_input to
+    the same output shape.
     """
 
     def __init__(self, in_channels: int, out_channels: int, skip: nn.Module) -> None:
@@ -350,9 +351,9 @@ class DecoderStage(nn.Module):
 class UNETR(nn.Module):
     """Figure 2 in 2D: (B, C, H, W) -> logits (B, out_channels, H, W).
 
-    Images may have any range, but the same in training and prediction; load_image gives [0, 1].
-    Probabilities are the sigmoid of the logits if out_channels is 1, otherwise the softmax over
-    dim=1. H and W may be any multiples of P.
+    Images may have any value range, as long as it is the same in training and prediction;
+    load_image returns [0, 1]. Probabilities are the sigmoid of the logits if out_channels is 1,
+    otherwise their softmax over dim=1. H and W may be any multiples of P.
     """
 
     def __init__(self, config: UNETRConfig = UNETRConfig()) -> None:
@@ -364,7 +365,7 @@ class UNETR(nn.Module):
         last = config.num_stages - 1
         for i in range(config.num_stages):
             channels = config.feature_size * 2 ** (last - i)  # 512, 256, 128, 64 if P = 16
-            if i < last:  # z9, z6, z3: i + 1 blue blocks, each doubles the resolution
+            if i < last:  # z9, z6, z3 if P = 16: i + 1 blue blocks, each doubling the resolution
                 blocks = [BlueBlock(config.hidden_dim, channels)]
                 for _ in range(i):
                     blocks.append(BlueBlock(channels, channels))
@@ -390,13 +391,13 @@ def initialize(model: UNETR) -> None:
 
     linear, position embedding   normal, std 0.02
     convolution                  He normal [3], std sqrt(2 / fan-in)
-    transposed convolution       normal, std 1 / sqrt(in_channels), which preserves the variance:
-                                 each output pixel sums one tap per input channel, without a ReLU
+    transposed convolution       normal, std 1 / sqrt(in_channels), which preserves the scale:
+                                 an output pixel sums one term per input channel, no ReLU follows
     layer norm, batch norm       weight one
     all biases                   zero
 
     At the defaults, the logits of sample.png in eval mode then have a std of 0.5 to 0.9, depending
-    on the seed. With PyTorch's own initialization it is 0.004, and the encoder hardly matters.
+    on the seed. With PyTorch's own initialization, it is 0.004 and hardly depends on the encoder.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -416,16 +417,16 @@ def initialize(model: UNETR) -> None:
 # Demo: python UNETR-2D.py
 
 SAMPLE = Path(__file__).resolve().parent / "sample.png"
-COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # of Figure 2, in a terminal
+COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # Figure 2, in ANSI's 256 colors
 
 
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     """Read an image file, resized to the configured size: (1, C, H, W) float32 in [0, 1].
 
-    Decoding is Pillow's: the first frame, turned upright by its EXIF orientation. Transparency is
-    composited over black where a channel has 8 bits. Pixels of more than 8 bits are kept only in
-    grayscale without alpha, and min-max scaled, since a 12-bit X-ray in a 16-bit file would be
-    almost black otherwise. Resizing does not preserve the aspect ratio.
+    Pillow decodes the first frame, and its EXIF orientation is applied. Only grayscale images
+    without alpha keep more than 8 bits per pixel; they are min-max scaled, since a 12-bit X-ray in
+    a 16-bit file would be almost black otherwise. All others are reduced to 8 bits per channel,
+    and transparency is composited over black. Resizing does not preserve the aspect ratio.
 
     Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if a pixel
     is not finite; OSError if the file cannot be opened.
@@ -461,7 +462,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
 def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> plt.Figure:
     """Plot an image (1, C, H, W) and its patches beside the output (1, out_channels, H, W).
 
-    The output is a map of probabilities if out_channels is 1, otherwise of the likeliest classes.
+    The output is a map of probabilities if out_channels is 1, otherwise of the most likely classes.
     """
     height, width = config.size
     rows, columns = config.grid
@@ -492,7 +493,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
 
 
 def paint(text: str) -> str:
-    """Color the names of the blocks, on a terminal."""
+    """Color the names of the blocks if standard output is a terminal."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     for name, number in COLORS.items():
@@ -507,7 +508,7 @@ def print_stage(name: str, blocks: str, module: nn.Module, args: tuple, output: 
 
 
 def print_stages(model: UNETR) -> None:
-    """Print the head of the table, and register hooks that print each stage as it finishes."""
+    """Print the table header, and register hooks that print each stage as it finishes."""
     stages = {"encoder.patch_embed": "linear"}
     for layer in model.config.tapped_layers:
         stages[f"encoder.blocks.{layer - 1}"] = f"Transformer layer {layer}"
@@ -551,7 +552,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options. Those of the network are the fields of UNETRConfig, with its defaults."""
+    """The command-line options; those of the network are the fields of UNETRConfig."""
     parser = argparse.ArgumentParser(
         prog="UNETR-2D.py",
         usage="%(prog)s [image] [options]",
@@ -577,15 +578,15 @@ def build_parser() -> argparse.ArgumentParser:
     network.add_argument("--mlp-dim", type=int, help="hidden units of each MLP")
     network.add_argument("--dropout-rate", type=float, help="no effect here: training only")
     network.add_argument("--feature-size", type=int, help="decoder channels at full resolution")
-    parser.set_defaults(**asdict(UNETRConfig()))  # for the options above
+    parser.set_defaults(**asdict(UNETRConfig()))  # of the network options
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: run the network on an image, print its stages, save and show the figure.
 
-    Invalid arguments, and files that cannot be read or written, end in SystemExit(2) after one
-    sentence on standard error.
+    Invalid arguments, and files that cannot be read or written, end in SystemExit(2) after the
+    usage line and one sentence on standard error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
