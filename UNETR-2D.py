@@ -56,7 +56,7 @@ from torch.nn import functional as F
 class UNETRConfig:
     """Hyperparameters. The defaults of the encoder and the decoder are the paper's.
 
-    Raises ValueError for an invalid value; for dropout_rate, nn.Dropout does that later.
+    Raises ValueError for an invalid value, except for dropout_rate, which nn.Dropout checks later.
     """
 
     image_size: int | tuple[int, int] = 256  # H (and W = H), or (H, W), in pixels
@@ -199,8 +199,9 @@ class ViT(nn.Module):
 
     To load a timm ViT, call model.encoder.load_state_dict(state_dict, strict=False), which adapts
     it as adapt_checkpoint describes. In the result, missing_keys must be empty, and unexpected_keys
-    may only name prefix tokens, the final norm and the classifier. Set num_heads to that ViT's,
-    which no shape reveals, and normalize images as it expects.
+    may name only prefix tokens (class, distillation, register), the final norm and the classifier.
+    Set num_heads to that of the ViT, since no tensor shape reveals it, and normalize images as the
+    ViT expects.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -269,7 +270,7 @@ def adapt_checkpoint(encoder: ViT, state_dict: dict, prefix: str, *_: object) ->
 
 
 def unflatten_positions(pos_embed: Tensor, prefix_tokens: int) -> Tensor:
-    """(1, tokens, K) -> (1, side, side, K): drop the positions of up to prefix_tokens tokens.
+    """(1, tokens, K) -> (1, side, side, K): drop up to prefix_tokens positions from the front.
 
     Raises ValueError if no square grid is possible, or more than one.
     """
@@ -392,12 +393,13 @@ def initialize(model: UNETR) -> None:
     linear, position embedding   normal, std 0.02
     convolution                  He normal [3], std sqrt(2 / fan-in)
     transposed convolution       normal, std 1 / sqrt(in_channels), which preserves the scale:
-                                 an output pixel sums one term per input channel, no ReLU follows
+                                 an output pixel sums one term per input channel; no ReLU follows
     layer norm, batch norm       weight one
     all biases                   zero
 
     At the defaults, the logits of sample.png in eval mode then have a std of 0.5 to 0.9, depending
-    on the seed. With PyTorch's own initialization, it is 0.004 and hardly depends on the encoder.
+    on the seed. With PyTorch's own initialization, the std is 0.004, and the logits hardly depend
+    on the encoder.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -423,10 +425,10 @@ COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # Figure 2, in A
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     """Read an image file, resized to the configured size: (1, C, H, W) float32 in [0, 1].
 
-    Pillow decodes the first frame, and its EXIF orientation is applied. Only grayscale images
-    without alpha keep more than 8 bits per pixel; they are min-max scaled, since a 12-bit X-ray in
-    a 16-bit file would be almost black otherwise. All others are reduced to 8 bits per channel,
-    and transparency is composited over black. Resizing does not preserve the aspect ratio.
+    Pillow decodes the first frame, and its EXIF orientation is applied. Grayscale images with more
+    than 8 bits per pixel and no alpha keep their precision and are min-max scaled, since a 12-bit
+    X-ray in a 16-bit file would be almost black otherwise. All others are reduced to 8 bits per
+    channel, and transparency is composited over black. The aspect ratio is not preserved.
 
     Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if a pixel
     is not finite; OSError if the file cannot be opened.
@@ -468,7 +470,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
     rows, columns = config.grid
     P, classes = config.patch_size, config.out_channels
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
-    # "upper", since a matplotlibrc may say otherwise; "nearest", since classes do not mix
+    # "upper", since a matplotlibrc may say otherwise; "nearest", since classes cannot be blended
     options = dict(extent=(0, width, height, 0), origin="upper", interpolation="nearest")
 
     left.imshow(image[0].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, **options)
@@ -530,10 +532,10 @@ def load_weights(model: UNETR, path: Path) -> None:
     with open(path, "rb") as file:
         try:
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise almost anything
-            raise ValueError(f"{path} is not a valid weights file of torch.save") from error
+        except Exception as error:  # loading a damaged file raises almost anything
+            raise ValueError(f"{path} is not a weights file saved with torch.save") from error
     if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
-        raise ValueError(f"{path} must contain a state_dict, names and tensors")
+        raise ValueError(f"{path} must contain a state_dict, which maps names to tensors")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

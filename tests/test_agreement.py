@@ -1,6 +1,7 @@
 """The encoder agrees with MONAI's ViT, the network with an independent reimplementation."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -265,11 +266,14 @@ def test_gradients_and_running_statistics_agree_with_an_independent_reimplementa
     for side in logits:
         (side * weights).mean().backward()
 
-    assert largest_difference(images[0].grad, images[1].grad) <= 1e-9
+    differences = {"image": largest_difference(images[0].grad, images[1].grad)}
     for name, parameter in model.named_parameters():
         expected = second.state[name].grad
         assert expected.any(), name
-        assert largest_difference(parameter.grad, expected) <= 1e-9, name
+        differences[name] = largest_difference(parameter.grad, expected)
+    name, largest = max(differences.items(), key=operator.itemgetter(1))
+    print(f"\ngradients, P = {patch}, torch.float64: {largest:.1e}")
+    assert largest <= 1e-9, name
     assert second.running.keys() == dict(model.named_buffers()).keys()
     for name, expected in second.running.items():
         torch.testing.assert_close(model.get_buffer(name), expected, rtol=1e-9, atol=1e-9)

@@ -20,7 +20,8 @@ def read_number(cell):
     return float(value)
 
 
-def test_every_promised_row_is_printed(tmp_path, capsys):
+def test_every_promised_row_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes it starts: faster at toy sizes
     plan = benchmark.Plan(images=(32, 64), compared=(32,), batches=(1,), rounds=1, config=CONFIG)
     benchmark.main(["--plot", str(tmp_path / "growth.png")], plan)
     printed = capsys.readouterr().out

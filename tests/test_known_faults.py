@@ -208,74 +208,55 @@ exec(source, vars(unetr))
     launched(patch, lines)
 
 
-# Tests that detect them. Each gets pytest's monkeypatch, capsys, and an empty folder.
+# The tests that detect them, and what they are called with
 
-
-def encoder(patch, capsys, folder):
-    sizes = dict(size=(32, 80), patch=16, channels=1, hidden=36, layers=4, heads=3, mlp=100)
-    sizes |= dict(proj_type="conv", dtype=torch.float64)
-    test_agreement.test_encoder_agrees_with_monai_at_every_layer(**sizes)
-
-
-def network(patch, capsys, folder):
-    sizes = dict(patch=16, configured=(96, 32), size=(96, 32), training=False)
-    sizes |= dict(dtype=torch.float64)
-    test_agreement.test_network_agrees_with_an_independent_reimplementation(**sizes)
-
-
-def patches(patch, capsys, folder):
-    sizes = dict(batch=2, channels=3, height=32, width=48, patch=16)
-    test_network.test_patches_are_row_major_and_flattened_as_channel_row_column(**sizes)
-
-
-def parameters(patch, capsys, folder):
-    test_network.test_defaults_and_parameters()
-
-
-def grid(patch, capsys, folder):
-    test_network.test_configuration_is_frozen_and_accepts_what_json_gives()
-
-
-def silence(patch, capsys, folder):
-    test_network.test_forward_prints_nothing(capsys)
-
-
-def prediction(patch, capsys, folder):
-    patch.chdir(folder)
-    test_command.test_the_forward_pass_is_a_prediction(folder, patch)
-
-
-def command(patch, capsys, folder):
-    test_command.test_it_prints_each_stage_and_writes_the_figure_without_a_display(folder)
-
-
+ENCODER = test_agreement.test_encoder_agrees_with_monai_at_every_layer
+NETWORK = test_agreement.test_network_agrees_with_an_independent_reimplementation
+PATCHES = test_network.test_patches_are_row_major_and_flattened_as_channel_row_column
+PARAMETERS = test_network.test_defaults_and_parameters
+GRID = test_network.test_configuration_is_frozen_and_accepts_what_json_gives
+SILENCE = test_network.test_forward_prints_nothing
+PREDICTION = test_command.test_the_forward_pass_is_a_prediction
+COMMAND = test_command.test_it_prints_each_stage_and_writes_the_figure_without_a_display
+FIXTURES = {
+    SILENCE: ["capsys"],
+    PREDICTION: ["tmp_path", "monkeypatch"],
+    COMMAND: ["tmp_path"],
+}
+ARGUMENTS = {
+    ENCODER: ((32, 80), 16, 1, 36, 4, 3, 100, "conv", torch.float64),
+    NETWORK: (16, (96, 32), (96, 32), False, torch.float64),
+    PATCHES: (2, 3, 32, 48, 16),
+}
 FAULTS = [  # what is wrong, how it is put in, the test that detects it
-    ("decoder blocks built inside forward", blocks_built_inside_forward, network),
-    ("layers in a plain list", layers_in_a_list, parameters),
-    ("heads taken from the number of layers", heads_from_layers, encoder),
-    ("positions neither parameter nor buffer", positions_as_a_plain_tensor, parameters),
-    ("patches reshaped with a view", patches_viewed, patches),
-    ("channels mixed with positions", channels_mixed_with_positions, patches),
-    ("patches in column-major order", patches_in_column_major_order, patches),
-    ("patch grid taken for the patch size", grid_taken_for_patch_size, grid),
-    ("tokens reshaped with a view", tokens_viewed, network),
-    ("rows and columns exchanged", rows_and_columns_exchanged, network),
-    ("post-norm attention", post_norm_attention, encoder),
-    ("post-norm MLP", post_norm_mlp, encoder),
-    ("layers counted from 0", layers_counted_from_0, network),
-    ("skips in the wrong order", skips_in_the_wrong_order, network),
-    ("a norm on z12", norm_on_z12, network),
-    ("dropout on while predicting", dropout_while_predicting, prediction),
-    ("gradients on while predicting", gradients_while_predicting, prediction),
-    ("printing inside forward", printing_inside_forward, silence),
-    ("a figure only where there is a display", figure_only_with_a_display, command),
-    ("a sample path that holds in one folder only", sample_only_in_one_folder, command),
+    ("decoder blocks built inside forward", blocks_built_inside_forward, NETWORK),
+    ("layers in a plain list", layers_in_a_list, PARAMETERS),
+    ("heads taken from the number of layers", heads_from_layers, ENCODER),
+    ("positions neither parameter nor buffer", positions_as_a_plain_tensor, PARAMETERS),
+    ("patches reshaped with a view", patches_viewed, PATCHES),
+    ("channels mixed with positions", channels_mixed_with_positions, PATCHES),
+    ("patches in column-major order", patches_in_column_major_order, PATCHES),
+    ("patch grid taken for the patch size", grid_taken_for_patch_size, GRID),
+    ("tokens reshaped with a view", tokens_viewed, NETWORK),
+    ("rows and columns exchanged", rows_and_columns_exchanged, NETWORK),
+    ("post-norm attention", post_norm_attention, ENCODER),
+    ("post-norm MLP", post_norm_mlp, ENCODER),
+    ("layers counted from 0", layers_counted_from_0, NETWORK),
+    ("skips in the wrong order", skips_in_the_wrong_order, NETWORK),
+    ("a norm on z12", norm_on_z12, NETWORK),
+    ("dropout on while predicting", dropout_while_predicting, PREDICTION),
+    ("gradients on while predicting", gradients_while_predicting, PREDICTION),
+    ("printing inside forward", printing_inside_forward, SILENCE),
+    ("a figure only where there is a display", figure_only_with_a_display, COMMAND),
+    ("a sample path that holds in one folder only", sample_only_in_one_folder, COMMAND),
 ]
 
 
-@pytest.mark.parametrize("name, put_in, detect", FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_each_known_fault_is_detected(name, put_in, detect, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, put_in, test", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_each_known_fault_is_detected(name, put_in, test, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
     put_in(monkeypatch)
+    fixtures = [request.getfixturevalue(fixture) for fixture in FIXTURES.get(test, [])]
     # Any other error would not show that the test sees the fault.
     with pytest.raises(AssertionError):
-        detect(monkeypatch, capsys, tmp_path)
+        test(*fixtures, *ARGUMENTS.get(test, []))

@@ -1,7 +1,17 @@
 """It learns: a small UNETR predicts the gray matter mask of held-out slices."""
 
+import pytest
 import torch
 from compare_training import HELD_OUT, TRAIN, build_unetr, evaluate, load_slices, train
+
+
+@pytest.fixture
+def one_thread():
+    """As in compare_training.py. Several would make so small a network slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_held_out_slices_are_separated_from_training_slices():
@@ -14,7 +24,7 @@ def test_held_out_slices_are_separated_from_training_slices():
     assert masks.unique().tolist() == [0, 1]
 
 
-def test_unetr_learns_gray_matter():
+def test_unetr_learns_gray_matter(one_thread):
     torch.manual_seed(0)
     model = build_unetr()
     untrained = evaluate(model)
