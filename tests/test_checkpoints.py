@@ -98,6 +98,15 @@ def test_own_weights_of_another_image_size_are_the_same_network(size, new_size):
         assert (other(image) - logits).std() > 0.1 * logits.std()
 
 
+def test_positions_at_another_image_size_follow_their_parameter():
+    model, image = unetr.UNETR(small()).eval(), torch.rand(1, 3, 96, 80)
+    model(image)
+    torch.nn.init.normal_(model.encoder.pos_embed)
+    same = unetr.UNETR(small()).eval()
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(model(image), same(image))
+
+
 CLASS, DISTILLED = [("cls_token", 1)], [("cls_token", 1), ("dist_token", 1)]
 VITS = {
     "384 pixels, into as many tokens": (24, 1, CLASS, (288, 512)),
@@ -130,6 +139,16 @@ def test_a_timm_vit_fills_the_encoder(side, prefix, tokens, size):
     weight, bias = vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"]
     expected = torch.nn.functional.conv2d(image, weight, bias, stride=16).flatten(2).transpose(1, 2)
     assert largest_difference(model.encoder.patch_embed(image), expected) <= 1e-5
+
+
+def test_a_vit_inside_of_a_larger_checkpoint_fills_the_encoder():
+    """By its prefix, in which the class token is looked for too."""
+    vit = vit_checkpoint(10, CLASS)
+    models = [unetr.UNETR(small(image_size=(32, 80), num_layers=4)) for _ in range(2)]
+    models[0].encoder.load_state_dict(vit, strict=False)
+    models[1].load_state_dict({f"encoder.{name}": vit[name] for name in vit}, strict=False)
+    for name, tensor in models[0].encoder.state_dict().items():
+        assert torch.equal(models[1].encoder.get_parameter(name), tensor), name
 
 
 def refused(checkpoint, message, **sizes):

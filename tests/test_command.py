@@ -156,6 +156,7 @@ def test_the_forward_pass_is_a_prediction(here, monkeypatch):
     monkeypatch.setattr(unetr.UNETR, "forward", watch)
     call()
     assert seen == [(False, False)]
+    assert torch.is_grad_enabled()  # afterwards, for whoever calls main()
 
 
 def test_the_figure_is_that_of_a_network_built_with_the_seed(here):
@@ -239,6 +240,7 @@ def test_a_window_shows_the_saved_figure_unless_the_user_wants_none(here, monkey
     call("--no-show")
     assert shown == []
     plt.close("all")
+    Path("unetr-2d.png").unlink()
     call()
     assert shown == [("PNG", [3])]  # two panels and a color bar
 

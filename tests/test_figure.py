@@ -50,8 +50,16 @@ def test_input_and_output_are_those_given(draw, channels):
 
 
 def test_grayscale_is_drawn_gray(draw):
-    left = draw(torch.full((1, 1, 16, 16), 0.5), torch.zeros(1, 1, 16, 16))[0]
-    assert abs(np.median(pixels_of(left), axis=(0, 1)) - 128).max() < 3
+    left = draw(torch.full((1, 1, 16, 16), 0.25), torch.zeros(1, 1, 16, 16))[0]
+    assert abs(np.median(pixels_of(left), axis=(0, 1)) - 64).max() < 3
+
+
+def test_pixels_of_the_input_are_not_blended(draw):
+    image = torch.zeros(1, 3, 64, 64)
+    image[:, :, :, 24:40] = 1
+    drawn = pixels_of(draw(image, torch.zeros(1, 1, 64, 64))[0])
+    gray = drawn[np.ptp(drawn, axis=2) < 5]  # without the patch grid
+    assert set(np.unique(gray)) == {0, 255}
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (256, 32)])
@@ -72,6 +80,7 @@ def test_every_line_of_the_patch_grid_is_visible_on_black_and_on_white(draw, val
     left = draw(torch.full((1, 3, *size), float(value)), torch.zeros(1, 1, *size))[0]
     canvas = np.asarray(left.figure.canvas.buffer_rgba())[:, :, :3].astype(int)
     colored = np.ptp(canvas, axis=2) > 30  # neither black, white, nor gray
+    assert (np.ptp(pixels_of(left), axis=2) > 30).mean() < 0.1  # thin lines
     height = len(canvas)
 
     def has_line(x, y):
@@ -92,7 +101,8 @@ def test_every_line_of_the_patch_grid_is_visible_on_black_and_on_white(draw, val
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_titles_state_the_patches_and_whether_the_network_is_trained(draw, trained):
-    left, right, _ = draw(random(3).sigmoid(), random(1), trained)
+    left, right, bar = draw(random(3).sigmoid(), random(1), trained)
+    assert bar.get_ylabel()
     assert "2 x 3" in left.get_title()
     assert "16 x 16" in left.get_title()
     assert ("untrained" in right.get_title()) != trained
@@ -105,6 +115,7 @@ def test_several_channels_are_drawn_as_a_class_map(draw, classes):
     assert torch.equal(torch.from_numpy(shown.get_array().data), random(classes)[0].argmax(0))
     colors = [tuple(shown.cmap(shown.norm(number))) for number in range(classes)]
     assert len(set(colors)) == classes
+    assert bar.get_ylabel()
     ticks = bar.get_yticks()
     assert np.array_equal(ticks, ticks.round())
     assert ticks[0] == 0

@@ -114,6 +114,8 @@ def test_sixteen_bits_of_either_byte_order(tmp_path):
 def test_integers_of_32_bits_and_floats_are_min_max_scaled(saved):
     values = np.linspace(-2_000_000_000, 2_000_000_000, 64 * 64).reshape(64, 64).astype(np.int32)
     near(saved(Image.fromarray(values), GRAY, "image.tif"), (values / 4e9) + 0.5)
+    values = 2_000_000_000 + np.arange(64 * 64, dtype=np.int32).reshape(64, 64)
+    near(saved(Image.fromarray(values), GRAY, "image.tif"), np.arange(4096).reshape(64, 64) / 4095)
     near(saved(Image.new("F", (64, 64), 7.5), GRAY, "image.tif"), 0)
     values = np.linspace(-3, 5, 64 * 64, dtype=np.float32).reshape(64, 64)
     near(saved(Image.fromarray(values), GRAY, "image.tif"), (values + 3) / 8)
@@ -183,7 +185,13 @@ def test_resizing_is_bilinear_and_preserves_positions_and_mean(saved, mode):
     (row, *_) = saved(
         gray(edge).convert(mode), small(image_size=(16, 16), in_channels=1), "image.tif"
     )[0]
-    near(row[4:12], (np.arange(8) + 0.5) / 8, 0.51 / 255)  # a ramp between the two pixel centers
+    ramp = (np.arange(8) + 0.5) / 8  # between the two pixel centers
+    near(row[4:12], ramp, 0.51 / 255)
+    edge = Image.fromarray(np.repeat([[7, 8]], 2, axis=0).astype(np.uint16))
+    near(saved(edge, small(image_size=(16, 16), in_channels=1))[0, 0, 4:12], ramp)
+    edge = gray(np.repeat([[0, 1]], 2, axis=0)).convert("P")
+    edge.putpalette([0, 0, 0, 255, 255, 255])
+    near(saved(edge, small(image_size=(16, 16)))[0, 0, 4:12], ramp, 0.51 / 255)
 
 
 def refused(path, config, error, words):
@@ -197,9 +205,11 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     sample = ROOT / "sample.png"
     (tmp_path / "text.png").write_bytes(b"text" * 99)
     (tmp_path / "truncated.png").write_bytes(sample.read_bytes()[:9000])
+    damaged = sample.read_bytes().replace(b"IDAT", b"\x83\xa6?$", 1)
+    (tmp_path / "damaged.png").write_bytes(damaged)  # neither OSError nor ValueError in Pillow
     refused(tmp_path / "none.png", GRAY, FileNotFoundError, ["none.png"])
     refused(tmp_path, GRAY, IsADirectoryError, [str(tmp_path)])
-    for name in ("text.png", "truncated.png"):
+    for name in ("text.png", "truncated.png", "damaged.png"):
         refused(tmp_path / name, GRAY, ValueError, [name, "is not a readable image"])
     refused(sample, small(in_channels=4), ValueError, ["in_channels must be 1", "or 3", "got 4"])
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import pickle
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def test_meta_device_needs_no_memory():
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1, 64, 64)
     model.load_state_dict(build().state_dict(), assign=True)
     assert torch.equal(model.eval()(image()), build().eval()(image()))
+
+
+def test_pickle_and_deepcopy():
+    model = build().eval()
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(copied(image()), model(image()))
+        copied.load_state_dict(model.state_dict())
 
 
 def train_in_parallel(rank, folder):
