@@ -60,7 +60,7 @@ def test_vit_positions_are_those_of_their_square_grid_or_an_error(side):
             try:
                 loaded.load_state_dict(checkpoint, strict=False)
             except ValueError as error:
-                assert str(error).endswith(f"got {side**2 + prefix} positions")
+                assert str(side**2 + prefix) in str(error)
                 refused += 1
             else:
                 assert_positions(loaded, right, new_grid)
@@ -77,7 +77,7 @@ def test_positions_that_belong_to_no_square_grid_are_refused(tokens, prefix):
     if tokens and tokens - math.isqrt(tokens) ** 2 <= prefix:
         encoder((2, 3)).load_state_dict(checkpoint, strict=False)
     else:
-        with pytest.raises(ValueError, match=f"pos_embed .* got {tokens} positions"):
+        with pytest.raises(ValueError, match=rf"pos_embed.*\b{tokens}\b"):
             encoder((2, 3)).load_state_dict(checkpoint, strict=False)
 
 
@@ -158,7 +158,7 @@ def refused(checkpoint, message, **sizes):
 
 
 def test_positions_of_a_grid_that_is_not_square_are_refused():
-    refused(vit_checkpoint(192, CLASS), "pos_embed .* got 192 positions")
+    refused(vit_checkpoint(192, CLASS), "pos_embed .* got 192 positions")  # verbatim
 
 
 def test_a_patch_kernel_of_another_patch_size_is_refused_even_if_the_flattened_sizes_are_equal():

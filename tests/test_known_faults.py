@@ -232,7 +232,11 @@ FAULTS = [  # what is wrong, how it is put in, the test that detects it
     ("decoder blocks built inside forward", blocks_built_inside_forward, NETWORK),
     ("layers in a plain Python list", layers_in_a_list, PARAMETERS),
     ("number of heads set to the number of layers", heads_from_layers, ENCODER),
-    ("position embedding neither a parameter nor a buffer", positions_as_a_plain_tensor, PARAMETERS),
+    (
+        "position embedding neither a parameter nor a buffer",
+        positions_as_a_plain_tensor,
+        PARAMETERS,
+    ),
     ("patches formed by a reshape without a permutation", patches_viewed, PATCHES),
     ("channels and pixels of a patch in the wrong order", channels_mixed_with_positions, PATCHES),
     ("patches in column-major order", patches_in_column_major_order, PATCHES),

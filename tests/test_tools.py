@@ -99,6 +99,11 @@ def test_autocast_in_bfloat16(device):
     assert (logits - expected).abs().mean() < 0.03 * expected.abs().mean()
 
 
+def test_half_precision(device):
+    model = build(device).to(torch.bfloat16).eval()
+    assert model(image(device).to(torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_meta_device_needs_no_memory():
     with torch.device("meta"):
         model = unetr.UNETR(small())
