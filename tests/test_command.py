@@ -221,6 +221,22 @@ def test_image_and_network_are_on_the_accelerator_by_default(here, monkeypatch):
     assert seen == [("cpu", "cpu"), ("meta", "meta"), ("cpu", "cpu")]
 
 
+def test_logits_are_brought_back_from_the_accelerator(here, monkeypatch):
+    device = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(unetr, "draw", lambda *args, **options: pytest.fail("not brought back"))
+    with pytest.raises(NotImplementedError, match="meta"):  # which nothing can be copied from
+        call()
+
+
+def test_weights_saved_on_an_accelerator_are_loaded_without_it(here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        torch.save(unetr.UNETR(small()).state_dict(), "weights.pt")
+    call("--weights", "weights.pt")
+
+
 def test_every_field_of_the_configuration_is_an_option(here, capsys):
     options = """--image-size 64x96 --patch-size 32 --in-channels 1 --out-channels 4
                  --hidden-dim 36 --num-layers 6 --num-heads 4 --mlp-dim 72
@@ -260,6 +276,18 @@ def test_a_window_shows_the_saved_figure_unless_the_user_wants_none(here, monkey
     Path("unetr-2d.png").unlink()
     call()
     assert shown == [("PNG", [3])]  # two panels and a color bar
+
+
+def test_a_link_to_the_script_opens_a_window_of_the_users_backend(tmp_path):
+    (tmp_path / "recorder.py").write_text(
+        "from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvas\n"
+        "def show(*args, **options): print('a window')\n"
+    )
+    (tmp_path / "link.py").symlink_to(SCRIPT)
+    environment = dict(MPLBACKEND="module://recorder", PYTHONPATH=str(tmp_path))
+    code, out, err = start(tmp_path / "link.py", *OPTIONS, cwd=tmp_path, **environment)
+    assert (code, err) == (0, "")
+    assert out.endswith("unetr-2d.png\na window\n")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +348,7 @@ def bad_files(tmp_path_factory):
         "empty.png": b"",
         "text.png": b"text" * 99,
         "truncated.png": sample[:9000],
+        "damaged.pt": b"\x80\x02h\x00.",  # neither UnpicklingError nor RuntimeError in PyTorch
     }.items():
         (folder / name).write_bytes(content)
     Image.fromarray(np.full((9, 9), np.nan, dtype=np.float32)).save(folder / "nan.tif")
@@ -362,6 +391,7 @@ BAD = {  # the arguments, and the option, file or value that the sentence names
     "--weights .": ["'.'"],
     "--weights empty.png": ["empty.png"],
     "--weights text.png": ["text.png"],
+    "--weights damaged.pt": ["damaged.pt"],
     "--weights object.pt": ["object.pt"],
     "--weights list.pt": ["list.pt"],
     "--weights nested.pt": ["nested.pt"],

@@ -80,6 +80,13 @@ def test_forward_prints_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_forward_leaves_the_image_unchanged():
+    image = images(small()) - 0.5
+    before = image.clone()
+    unetr.UNETR(small())(image)
+    assert torch.equal(image, before)
+
+
 def test_every_stage_skip_and_head_can_be_hooked_and_shows_its_output():
     model, shapes, expected = unetr.UNETR(small()), {}, {"head": (2, 1, 64, 64)}
     for i, shape in enumerate([(2, 32, 8, 8), (2, 16, 16, 16), (2, 8, 32, 32), (2, 4, 64, 64)]):
