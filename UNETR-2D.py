@@ -56,7 +56,7 @@ from torch.nn import functional as F
 class UNETRConfig:
     """Hyperparameters. The defaults of the encoder and the decoder are the paper's.
 
-    Raises ValueError for an invalid value, except for dropout_rate, which nn.Dropout checks later.
+    Raises ValueError for an integer that is out of range; nn.Dropout checks dropout_rate later.
     """
 
     image_size: int | tuple[int, int] = 256  # H (and W = H), or (H, W), in pixels
@@ -199,9 +199,9 @@ class ViT(nn.Module):
 
     To load a timm ViT, call model.encoder.load_state_dict(state_dict, strict=False), which adapts
     it as adapt_checkpoint describes. In the result, missing_keys must be empty, and unexpected_keys
-    may name only prefix tokens (class, distillation, register), the final norm and the classifier.
-    Set num_heads to that of the ViT, since no tensor shape reveals it, and normalize images as the
-    ViT expects.
+    may name only prefix tokens (class, distillation, register) and what follows the last layer.
+    Two things no name reveals: num_heads must be that of the ViT, and its GELU the exact one.
+    Normalize images as the ViT expects.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -247,11 +247,11 @@ def adapt_checkpoint(encoder: ViT, state_dict: dict, prefix: str, *_: object) ->
 
     patch_embed.proj.weight   (K, C, P, P), from a convolution: flattened to (K, C*P*P)
     pos_embed                 (1, tokens, K), from a ViT: any positions of class, distillation and
-                              register tokens are dropped, the others must form a square grid;
+                              register tokens are dropped, the others taken as a square grid;
                               then, like any (1, h, w, K), it is resized to the encoder's grid
 
-    PyTorch reports any other shape mismatch. Raises ValueError if the number of tokens does not
-    determine the square grid.
+    PyTorch reports any other shape mismatch. Raises ValueError if the number of tokens rules out a
+    square grid, or allows more than one.
     """
     C, P = encoder.config.in_channels, encoder.config.patch_size
     name = f"{prefix}patch_embed.proj.weight"
@@ -397,9 +397,9 @@ def initialize(model: UNETR) -> None:
     layer norm, batch norm       weight one
     all biases                   zero
 
-    At the defaults, the logits of sample.png in eval mode then have a std of 0.5 to 0.9, depending
-    on the seed. With PyTorch's own initialization, the std is 0.004, and the logits hardly depend
-    on the encoder.
+    At the defaults, the logits of sample.png in eval mode then have a std of about 0.5 to 1.1,
+    depending on the seed. With PyTorch's own initialization, the std is below 0.005, and the logits
+    hardly depend on the encoder.
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
@@ -528,7 +528,7 @@ def print_stages(model: UNETR) -> None:
 
 
 def load_weights(model: UNETR, path: Path) -> None:
-    """Load a state_dict saved with torch.save. Raises ValueError for any other file."""
+    """Load a state_dict saved with torch.save. Raises ValueError if there is none or it differs."""
     with open(path, "rb") as file:
         try:
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
@@ -587,8 +587,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command: run the network on an image, print its stages, save and show the figure.
 
-    Invalid arguments, and files that cannot be read or written, end in SystemExit(2) after the
-    usage line and one sentence on standard error.
+    Common mistakes, such as an invalid value or a file that cannot be read, end in SystemExit(2)
+    after the usage line and one sentence on standard error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

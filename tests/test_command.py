@@ -263,7 +263,7 @@ def test_help_states_every_default(capsys):
 def test_a_window_shows_the_saved_figure_unless_the_user_wants_none(here, monkeypatch):
     shown = []
 
-    def show():
+    def show(**options):
         open_figures = [plt.figure(number) for number in plt.get_fignums()]
         shown.append(
             (Image.open("unetr-2d.png").format, [len(figure.axes) for figure in open_figures])
@@ -338,6 +338,13 @@ def test_an_input_is_never_overwritten_also_through_a_link(here, capsys, link, o
 # Errors
 
 
+class Executed:
+    """Creates a file if it is unpickled without care."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     """A folder of files that the command refuses."""
@@ -356,7 +363,7 @@ def bad_files(tmp_path_factory):
         "list": [1],
         "nested": {"state_dict": state, "epoch": 3},
         "numbers": {"encoder.pos_embed": 1},
-        "object": {"x": Path("y")},
+        "object": Executed(),
         "head": {**state, "head.weight": torch.zeros(2, 4, 1, 1)},
         "flat": {**state, "encoder.pos_embed": torch.zeros(16, 24)},
         "oblong": {**state, "encoder.pos_embed": torch.zeros(1, 15, 24)},

@@ -96,8 +96,10 @@ def test_picture_of_the_architecture_is_that_of_todays_network():
 
 def test_terminal_output_is_that_of_a_run(run):
     (shown,) = re.findall(r"```\n(104,677,953 .*?)```", README, flags=re.DOTALL)
-    pattern = ".*\n".join(".*" if line == "..." else re.escape(line) for line in shown.splitlines())
-    assert re.search(pattern, run[0], flags=re.DOTALL)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    pattern = "\n".join(".*" if line == "..." else re.escape(line) for line in lines)
+    printed = re.sub(" +", " ", run[0])
+    assert re.search(pattern, printed, flags=re.DOTALL)
 
 
 def test_parameters_operations_and_tapped_layers():
@@ -163,14 +165,15 @@ def test_the_training_program_runs_and_learns_as_stated(folder):
     lines = python("-c", program, folder=folder).splitlines()
     assert len(lines) == 10
     loss, score = map(float, re.search(r"loss ([\d.]+), Dice .* ([\d.]+)$", lines[-1]).groups())
-    stated = re.search(r"loss falls to ([\d.]+) and the Dice .* rises to ([\d.]+)", README).groups()
+    stated = re.search(
+        r"loss falls to (\d\.\d+) and the Dice .* rises to (\d\.\d+)", README
+    ).groups()
     assert loss == pytest.approx(float(stated[0]), abs=0.06)  # processors round differently
     assert score == pytest.approx(float(stated[1]), abs=0.04)
 
     command = next(command for command in blocks("sh") if "--weights" in command)
     words = shlex.split(command)
-    assert words[:2] == ["python", "UNETR-2D.py"]
-    printed = python(ROOT / words[1], *words[2:], "--no-show", folder=folder)
+    printed = python(*words[1:], "--no-show", folder=folder)
     assert "weights: weights.pt" in printed
 
 
