@@ -172,7 +172,7 @@ def test_the_training_program_runs_and_learns_as_stated(folder):
     assert score == pytest.approx(float(stated[1]), abs=0.04)
 
     command = next(command for command in blocks("sh") if "--weights" in command)
-    words = shlex.split(command)
+    words = shlex.split(command.replace("\\\n", ""))
     printed = python(*words[1:], "--no-show", folder=folder)
     assert "weights: weights.pt" in printed
 
