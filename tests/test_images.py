@@ -221,6 +221,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 
 
 def test_pillows_limit_of_pixels_is_kept(monkeypatch):
+    assert Image.MAX_IMAGE_PIXELS  # still there, although the script is imported
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     refused(ROOT / "sample.png", GRAY, ValueError, "sample.png")
 
