@@ -39,7 +39,7 @@ GAP = 11  # the shortest arrow
 ROW, LAST_ROW = 86, 132  # heights
 BLOCK = WIDTH, HEIGHT = 36, 30
 RADIUS = 12  # of a concatenation
-SIDE, OUTPUT = 70, 44  # widths of the boxes for the image and for the logits
+SIDE, OUTPUT = 90, 44  # widths of the boxes for the image and for the logits
 CAPTION, LEGEND = 240, 255  # widths
 
 
@@ -214,7 +214,7 @@ def draw(description: dict) -> Figure:
     # Encoder
     first, last = rows[0], rows[-1]
     patch = times([description["patch_size"]] * 2)
-    embedding = f"patches\n{patch}\nlinear\n+ position\nembedding"
+    embedding = f"patches of\n{patch} pixels\nlinear\n+ position\nembedding"
     put_box(axes, image_x, first, f"image\n{description['image'][0]}", "white", (SIDE, HEIGHT))
     put_arrow(axes, (image_x, first + HEIGHT / 2), (image_x, last - 38))
     put_box(axes, image_x, last, embedding, "white", (SIDE, 76))
@@ -227,7 +227,7 @@ def draw(description: dict) -> Figure:
             ends[f"z{layer}"] = (x, last - HEIGHT / 2)
             put_text(axes, x + 5, last - HEIGHT / 2 - 9, f"$z_{{{layer}}}$", size=12, ha="left")
     tokens, dim = description["tokens"]
-    caption = f"{layers} Transformer layers: {tokens} tokens of {dim}\n"
+    caption = f"{layers} Transformer layers, {tokens} tokens of {dim} numbers\n"
     caption += f"$z$: tokens as a feature map, {times(feature_map)}"
     put_text(axes, layers_x, last + 36, caption, ha="left")
 
@@ -256,9 +256,9 @@ def draw(description: dict) -> Figure:
             put_text(axes, x + 33, y, description["legend"][name], ha="left")
             y += 20
     put_circle(axes, x, y + 4)
-    put_text(axes, x + 33, y + 4, "concatenation of the channels", ha="left")
+    put_text(axes, x + 33, y + 4, "concatenation along the channels", ha="left")
     put_text(axes, x, y + 24, "number")
-    put_text(axes, x + 33, y + 24, "output channels", ha="left")
+    put_text(axes, x + 33, y + 24, "channels", ha="left")
     return figure
 
 

@@ -249,10 +249,10 @@ FAULTS = [  # what is wrong, how it is put in, the test that detects it
     ("skip connections in the wrong order", skips_in_the_wrong_order, NETWORK),
     ("layer norm on z12", norm_on_z12, NETWORK),
     ("dropout active during inference", dropout_while_predicting, PREDICTION),
-    ("gradients recorded during inference", gradients_while_predicting, PREDICTION),
+    ("autograd enabled during inference", gradients_while_predicting, PREDICTION),
     ("printing inside forward", printing_inside_forward, SILENCE),
     ("figure saved only if a display is available", figure_only_with_a_display, COMMAND),
-    ("sample image path valid in only one folder", sample_only_in_one_folder, COMMAND),
+    ("sample image found from one folder only", sample_only_in_one_folder, COMMAND),
 ]
 
 
