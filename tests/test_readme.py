@@ -12,7 +12,6 @@ import draw_architecture
 import numpy as np
 import pytest
 import torch
-from compare_training import load_slices
 from conftest import ROOT, unetr, vit_checkpoint
 from PIL import Image
 from test_known_faults import FAULTS
@@ -142,15 +141,12 @@ def test_every_test_and_file_named_exists():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A user's folder: a copy of the script, images, and masks."""
+    """A user's folder: a copy of the script, the sample, and the images and masks of tests/data."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copy(ROOT / "UNETR-2D.py", folder / "unetr_2d.py")
     shutil.copy(ROOT / "sample.png", folder)
-    for name, kind in (("images", "t1"), ("masks", "gm")):
-        (folder / name).mkdir()
-        for i, pixels in enumerate(load_slices(kind)):
-            values = (255 * pixels[0]).round().byte().numpy()
-            Image.fromarray(values).save(folder / name / f"{i:02}.png")
+    shutil.copytree(ROOT / "tests/data", folder / "tests/data")
+    python("-c", blocks("python")[1], folder=folder)
     return folder
 
 
@@ -161,7 +157,7 @@ def test_the_code_that_calls_the_network_runs(folder):
 
 
 def test_the_training_program_runs_and_learns_as_stated(folder):
-    program = blocks("python")[1]
+    program = blocks("python")[2]
     lines = python("-c", program, folder=folder).splitlines()
     assert len(lines) == 10
     loss, score = map(float, re.search(r"loss ([\d.]+), Dice .* ([\d.]+)$", lines[-1]).groups())
@@ -187,7 +183,7 @@ def test_a_scan_of_ones_own(folder):
 def test_the_code_that_loads_a_pretrained_vit_runs(folder):
     base = vit_checkpoint(197, [("cls_token", 1)], dim=768, mlp=3072, layers=12)
     torch.save(base, folder / "vit.pth")  # the names and shapes of vit_base_patch16_224
-    code = blocks("python")[2]
+    code = blocks("python")[3]
     printed = python("-c", f"{code}\nprint(tuple(model(image).shape))", folder=folder)
     assert printed == "(1, 1, 256, 256)\n"
 
