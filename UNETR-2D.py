@@ -56,7 +56,7 @@ from torch.nn import functional as F
 class UNETRConfig:
     """Hyperparameters. The defaults of the encoder and the decoder are the paper's.
 
-    Raises ValueError for an integer that is out of range; nn.Dropout checks dropout_rate later.
+    Raises ValueError for an invalid integer or size; nn.Dropout checks dropout_rate later.
     """
 
     image_size: int | tuple[int, int] = 256  # H (and W = H), or (H, W), in pixels
@@ -200,7 +200,7 @@ class ViT(nn.Module):
     To load a timm ViT, call model.encoder.load_state_dict(state_dict, strict=False), which adapts
     it as adapt_checkpoint describes. In the result, missing_keys must be empty, and unexpected_keys
     may name only prefix tokens (class, distillation, register) and what follows the last layer.
-    Two things no name reveals: num_heads must be that of the ViT, and its GELU the exact one.
+    No key reveals these: num_heads must equal the ViT's, and the ViT must use the exact GELU.
     Normalize images as the ViT expects.
     """
 
