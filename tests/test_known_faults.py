@@ -4,7 +4,6 @@ The tests named here pass on the script as it is, so none of the faults is prese
 """
 
 import contextlib
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -185,7 +184,7 @@ def printing_inside_forward(patch):
 
 def launched(patch, lines):
     """Let the tests start a script that runs these lines."""
-    script = Path(tempfile.mkdtemp(), "launch.py")
+    script = Path.cwd().parent / "launch.py"  # not in the folder that the command writes to
     find = f"import importlib, sys\nsys.path.insert(0, {str(ROOT)!r})"
     script.write_text(f"{find}\n{lines}\nunetr.main()\n")
     patch.setattr(test_command, "SCRIPT", script)
