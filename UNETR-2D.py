@@ -20,6 +20,7 @@ Run it:    python UNETR-2D.py [image] [options]    plots an image beside the net
 Call it:   cp UNETR-2D.py unetr_2d.py              a module name cannot contain a hyphen; then:
            from unetr_2d import UNETR, UNETRConfig
            model = UNETR(UNETRConfig(out_channels=4)).eval()  # (B, 3, H, W) -> (B, 4, H, W)
+Keep it:   save_checkpoint(model, "unetr.pt"); model = load_checkpoint("unetr.pt")
 
 [1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (all equations and figures)
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT)
@@ -30,13 +31,8 @@ number of tokens N = (H/P)(W/P), hidden size K, feature map height h and width w
 """
 
 import argparse
-import gc
 import math
-import os
-import re
-import sys
 import textwrap
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -95,20 +91,17 @@ class UNETRConfig:
         return tuple(round(self.num_layers * i / self.num_stages) for i in stages)
 
     def __post_init__(self) -> None:
-        counts = ["in_channels", "out_channels", "hidden_dim", "num_layers", "num_heads"]
-        counts += ["mlp_dim", "feature_size"]
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        P = self.patch_size
+        K, P, heads = self.hidden_dim, self.patch_size, self.num_heads
+        for name, value in asdict(self).items():
+            if name not in ("image_size", "patch_size", "dropout_rate") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if P < 2 or 2**self.num_stages != P:
             raise ValueError(f"patch_size must be a power of two of at least 2, got {P}")
         if len(self.size) != 2 or any(side < P or side % P for side in self.size):
             rule = f"image_size must be H or (H, W), positive multiples of patch_size {P}"
             raise ValueError(f"{rule}, got {self.image_size}")
-        if self.hidden_dim % self.num_heads:
-            rule = f"hidden_dim must be a multiple of num_heads {self.num_heads}"
-            raise ValueError(f"{rule}, got {self.hidden_dim}")
+        if K % heads:
+            raise ValueError(f"hidden_dim must be a multiple of num_heads {heads}, got {K}")
         if self.num_layers < self.num_stages:
             rule = f"num_layers must be at least {self.num_stages} for patch_size {P}"
             raise ValueError(f"{rule}, got {self.num_layers}")
@@ -190,6 +183,15 @@ class TransformerBlock(nn.Module):
         return z
 
 
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize pos_embed bicubically, without antialiasing: (1, h, w, K) -> (1, *grid, K)."""
+    if tuple(pos_embed.shape[1:3]) == grid:
+        return pos_embed
+    pos_embed = pos_embed.permute(0, 3, 1, 2)  # (1, K, h, w)
+    pos_embed = F.interpolate(pos_embed, size=grid, mode="bicubic")
+    return pos_embed.permute(0, 2, 3, 1)
+
+
 class ViT(nn.Module):
     """Vision Transformer [2] without a class token: image -> [z3, z6, z9, z12] as feature maps.
 
@@ -197,11 +199,8 @@ class ViT(nn.Module):
     of P: if they differ from the configured size, the position embedding is resized. Raises
     ValueError for any other shape.
 
-    To load a timm ViT, call model.encoder.load_state_dict(state_dict, strict=False), which adapts
-    it as adapt_checkpoint describes. In the result, missing_keys must be empty, and unexpected_keys
-    may name only prefix tokens (class, distillation, register) and what follows the last layer.
-    No key reveals these: num_heads must equal the ViT's, and the ViT must use the exact GELU.
-    Normalize images as the ViT expects.
+    The parameters have timm's names. Two shapes differ: the patch projection is linear, and the
+    position embedding is a grid (1, H/P, W/P, K). load_vit loads the weights of a timm ViT.
     """
 
     def __init__(self, config: UNETRConfig) -> None:
@@ -211,7 +210,6 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, *config.grid, config.hidden_dim))  # E_pos
         self.dropout = nn.Dropout(config.dropout_rate)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
-        self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         C, P = self.config.in_channels, self.config.patch_size
@@ -229,62 +227,9 @@ class ViT(nn.Module):
             z = block(z)
             if layer in self.config.tapped_layers:
                 feature_map = z.transpose(1, 2).unflatten(2, grid)  # (B, K, H/P, W/P)
-                feature_maps.append(feature_map)
+                # Without a copy, its strides would be those of channels-last.
+                feature_maps.append(feature_map.contiguous())
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
-
-
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize pos_embed bicubically, without antialiasing: (1, h, w, K) -> (1, *grid, K)."""
-    if tuple(pos_embed.shape[1:3]) == grid:
-        return pos_embed
-    pos_embed = pos_embed.permute(0, 3, 1, 2)  # (1, K, h, w)
-    pos_embed = F.interpolate(pos_embed, size=grid, mode="bicubic")
-    return pos_embed.permute(0, 2, 3, 1)
-
-
-def adapt_checkpoint(encoder: ViT, state_dict: dict, prefix: str, *_: object) -> None:
-    """Adapt a checkpoint to the encoder. PyTorch calls this before it loads the state_dict.
-
-    patch_embed.proj.weight   (K, C, P, P), from a convolution: flattened to (K, C*P*P)
-    pos_embed                 (1, tokens, K), from a ViT: any positions of class, distillation and
-                              register tokens are dropped, the others taken as a square grid;
-                              then, like any (1, h, w, K), it is resized to the encoder's grid
-
-    PyTorch reports any other shape mismatch. Raises ValueError if the number of tokens rules out a
-    square grid, or allows more than one.
-    """
-    C, P = encoder.config.in_channels, encoder.config.patch_size
-    name = f"{prefix}patch_embed.proj.weight"
-    if name in state_dict and state_dict[name].shape[1:] == (C, P, P):
-        state_dict[name] = state_dict[name].flatten(1)
-
-    name = f"{prefix}pos_embed"
-    if name in state_dict and state_dict[name].ndim == 3:
-        prefix_tokens = 0  # at most: some ViTs have no positions for these tokens
-        for token in ("cls_token", "dist_token", "reg_token"):
-            if f"{prefix}{token}" in state_dict:
-                prefix_tokens += state_dict[f"{prefix}{token}"].shape[1]
-        state_dict[name] = unflatten_positions(state_dict[name], prefix_tokens)
-    if name in state_dict and state_dict[name].ndim == 4:
-        state_dict[name] = resize_pos_embed(state_dict[name], encoder.config.grid)
-
-
-def unflatten_positions(pos_embed: Tensor, prefix_tokens: int) -> Tensor:
-    """(1, tokens, K) -> (1, side, side, K): drop up to prefix_tokens positions from the front.
-
-    Raises ValueError if no square grid is possible, or more than one.
-    """
-    tokens = pos_embed.shape[1]
-    sides = []  # of the possible grids
-    for side in range(1, math.isqrt(tokens) + 1):
-        if tokens - side**2 <= prefix_tokens:
-            sides.append(side)
-    if len(sides) != 1:
-        rule = f"pos_embed must be one square grid after at most {prefix_tokens} prefix tokens"
-        raise ValueError(f"{rule}, got {tokens} positions")
-    side = sides[0]
-    grid_positions = pos_embed[:, tokens - side**2 :]
-    return grid_positions.unflatten(1, (side, side))
 
 
 # Decoder: the blocks are named after their colors in Figure 2
@@ -363,63 +308,164 @@ class UNETR(nn.Module):
         self.encoder = ViT(config)
         self.decoder = nn.ModuleList()  # the deepest stage first
         x_channels = config.hidden_dim
-        last = config.num_stages - 1
-        for i in range(config.num_stages):
-            channels = config.feature_size * 2 ** (last - i)  # 512, 256, 128, 64 if P = 16
-            if i < last:  # z9, z6, z3 if P = 16: i + 1 blue blocks, each doubling the resolution
-                blocks = [BlueBlock(config.hidden_dim, channels)]
-                for _ in range(i):
-                    blocks.append(BlueBlock(channels, channels))
-            else:  # the image, at full resolution
-                blocks = [OrangeBlock(config.in_channels, channels)]
-                blocks.append(OrangeBlock(channels, channels))
-            self.decoder.append(DecoderStage(x_channels, channels, nn.Sequential(*blocks)))
+        for i in range(config.num_stages):  # the comments are for P = 16
+            channels = config.feature_size * 2 ** (config.num_stages - 1 - i)  # 512, 256, 128, 64
+            if i < config.num_stages - 1:  # z9, z6, z3: one, two, three blue blocks
+                skip = nn.Sequential(BlueBlock(config.hidden_dim, channels))
+                skip.extend(BlueBlock(channels, channels) for _ in range(i))
+            else:  # the image
+                skip = nn.Sequential(OrangeBlock(config.in_channels, channels))
+                skip.append(OrangeBlock(channels, channels))
+            self.decoder.append(DecoderStage(x_channels, channels, skip))
             x_channels = channels
         self.head = GreyBlock(x_channels, config.out_channels)
         initialize(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        feature_maps = self.encoder(image)  # z3, z6, z9, z12
-        x = feature_maps[-1]
-        skips = [image, *feature_maps[:-1]]  # image, z3, z6, z9
-        for stage, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = stage(x, skip)
+        *feature_maps, x = self.encoder(image)  # z3, z6, z9 and z12
+        skip_inputs = [*reversed(feature_maps), image]  # z9, z6, z3, image
+        for stage, skip_input in zip(self.decoder, skip_inputs, strict=True):
+            x = stage(x, skip_input)
         return self.head(x)
 
 
 def initialize(model: UNETR) -> None:
-    """Initialize all weights of a UNETR.
+    """Initialize all parameters and running statistics of a UNETR.
 
     linear, position embedding   normal, std 0.02
     convolution                  He normal [3], std sqrt(2 / fan-in)
     transposed convolution       normal, std 1 / sqrt(in_channels), which preserves the scale:
                                  an output pixel sums one term per input channel; no ReLU follows
-    layer norm, batch norm       weight one
     all biases                   zero
-
-    At the defaults, the logits of sample.png in eval mode then have a std of about 0.5 to 1.1,
-    depending on the seed. With PyTorch's own initialization, the std is below 0.005, and the logits
-    hardly depend on the encoder.
+    layer norm, batch norm       PyTorch's: weight and running variance one, the rest zero
     """
     nn.init.normal_(model.encoder.pos_embed, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
+            std = 0.02
         elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
+            std = math.sqrt(2 / module.weight[0].numel())
         elif isinstance(module, nn.ConvTranspose2d):
-            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_channels))
-        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
-            module.reset_parameters()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
+            std = 1 / math.sqrt(module.in_channels)
+        else:
+            if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+                module.reset_parameters()
+            continue
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# Checkpoints
+
+
+class CheckpointError(ValueError):
+    """The file was not written by save_checkpoint, or it is damaged."""
+
+
+def save_checkpoint(model: UNETR, path: str | Path) -> None:
+    """Save a network and its configuration for later use: {"config": ..., "state_dict": ...}.
+
+    The state of a training, such as that of the optimizer, is not part of it. Raises TypeError for
+    what wraps a network, such as the result of torch.compile: pass the network itself.
+    """
+    if not isinstance(model, UNETR):
+        raise TypeError(f"model must be a UNETR, got {type(model).__name__}")
+    config = asdict(model.config)
+    for name, value in config.items():
+        plain = np.asarray(value).tolist()  # Python's numbers, for weights_only=True
+        config[name] = tuple(plain) if isinstance(plain, list) else plain
+    torch.save({"config": config, "state_dict": model.state_dict()}, path)
+
+
+def load_checkpoint(path: str | Path) -> UNETR:
+    """Load a network that save_checkpoint saved: on the CPU and in eval mode.
+
+    Call .train() on it to go on training. Raises CheckpointError, a ValueError, if the file was not
+    written by save_checkpoint or is damaged; OSError if it cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # reading a damaged file raises almost any type
+            raise CheckpointError(f"{path} is not a readable file of save_checkpoint") from error
+    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} must contain config and state_dict, as of save_checkpoint")
+
+    try:
+        config = UNETRConfig(**checkpoint["config"])
+        missing = asdict(config).keys() - checkpoint["config"].keys()
+        if missing:
+            raise ValueError(f"missing {', '.join(sorted(missing))}")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has an invalid configuration: {error}") from error
+
+    model = UNETR(config)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(f"{path} does not match its configuration: {reason}") from error
+    return model.eval()
+
+
+def load_vit(encoder: ViT, state_dict: dict[str, Tensor]) -> None:
+    """Load the weights of a timm ViT into the encoder.
+
+    The kernel of the patch embedding, (K, C, P, P), is flattened. The position embedding,
+    (1, tokens, K), is taken as a square grid and resized. The prefix tokens (class, distillation
+    and register) and what follows the last layer have no place in the encoder and are left out.
+
+    Raises ValueError if the positions do not form exactly one square grid after the prefix tokens;
+    RuntimeError, from a strict load_state_dict, for a parameter that is missing, of another shape,
+    or not part of the encoder. After an error, the encoder can be partly overwritten.
+
+    What no name or shape reveals is wrong without an error: the number of heads, the kind of GELU
+    (here the exact one), where the norms are (here pre-norm), a grid that was not square but has a
+    square number of positions, and how images must be normalized.
+    """
+    config = encoder.config
+    prefix_tokens = 0
+    parameters = {}
+    for name, tensor in state_dict.items():
+        if name in ("cls_token", "dist_token", "reg_token"):
+            prefix_tokens += tensor.shape[1]
+        elif name.split(".")[0] not in ("norm", "fc_norm", "head", "head_dist", "attn_pool"):
+            parameters[name] = tensor
+
+    kernel = parameters.get("patch_embed.proj.weight")
+    kernel_shape = (config.in_channels, config.patch_size, config.patch_size)
+    if kernel is not None and kernel.shape[1:] == kernel_shape:
+        parameters["patch_embed.proj.weight"] = kernel.flatten(1)
+    pos_embed = parameters.get("pos_embed")
+    if pos_embed is not None and pos_embed.ndim == 3:
+        pos_embed = unflatten_positions(pos_embed, prefix_tokens)
+        parameters["pos_embed"] = resize_pos_embed(pos_embed, config.grid)
+    encoder.load_state_dict(parameters)
+
+
+def unflatten_positions(pos_embed: Tensor, prefix_tokens: int) -> Tensor:
+    """(1, tokens, K) -> (1, side, side, K), without the positions of the prefix tokens.
+
+    Some ViTs have no positions for these tokens, so up to prefix_tokens are dropped.
+    """
+    tokens = pos_embed.shape[1]
+    sides = []  # of the grids that fit
+    for side in range(1, math.isqrt(tokens) + 1):
+        if tokens - side**2 <= prefix_tokens:
+            sides.append(side)
+    if len(sides) != 1:
+        rule = f"pos_embed must be one square grid after at most {prefix_tokens} prefix tokens"
+        raise ValueError(f"{rule}, got {tokens} positions")
+    side = sides[0]
+    grid_positions = pos_embed[:, tokens - side**2 :]
+    return grid_positions.unflatten(1, (side, side))
 
 
 # Demo: python UNETR-2D.py
 
 SAMPLE = Path(__file__).resolve().parent / "sample.png"
-COLORS = {"orange": 208, "green": 71, "blue": 68, "grey": 246}  # Figure 2, in ANSI's 256 colors
+SEED = 0
 
 
 def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
@@ -438,7 +484,8 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     if C not in (1, 3):
         raise ValueError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {C}")
 
-    with open(path, "rb") as file:  # Image.open(path) would scramble some rotated TIFFs
+    # Opened by its name, an uncompressed TIFF is memory-mapped, and scrambled if it is rotated.
+    with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))  # reads all pixels
         except Exception as error:  # Pillow's decoders raise almost anything
@@ -451,8 +498,9 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
         values = (values - values.min()) / (np.ptp(values) or 1)  # 0 if all pixels are equal
         image = Image.fromarray((255 * values).astype(np.float32))
     else:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        if image.has_transparency_data:  # transparent pixels have colors, which must not show
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("L" if C == 1 else "RGB")
 
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -461,14 +509,13 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     return tensor.expand(1, C, height, width).contiguous()  # repeats a single channel
 
 
-def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> plt.Figure:
-    """Plot an image (1, C, H, W) and its patches beside the output (1, out_channels, H, W).
+def draw(image: Tensor, logits: Tensor, patch_size: int, title: str) -> plt.Figure:
+    """Plot an image (1, C, H, W), C = 1 or 3, beside its logits (1, out_channels, H, W).
 
-    The output is a map of probabilities if out_channels is 1, otherwise of the most likely classes.
+    The logits are shown as probabilities if out_channels is 1, otherwise as the likeliest classes.
     """
-    height, width = config.size
-    rows, columns = config.grid
-    P, classes = config.patch_size, config.out_channels
+    height, width = image.shape[2:]
+    P, classes = patch_size, logits.shape[1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
     # "upper", since a matplotlibrc may say otherwise; "nearest", since classes cannot be blended
     options = dict(extent=(0, width, height, 0), origin="upper", interpolation="nearest")
@@ -477,7 +524,7 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
     lines = dict(color="deepskyblue", linewidth=0.4, clip_on=False)
     left.vlines(range(0, width + 1, P), 0, height, **lines)
     left.hlines(range(0, height + 1, P), 0, width, **lines)
-    left.set_title(f"Input: {rows} x {columns} patches of {P} x {P} pixels")
+    left.set_title(f"Input: {height // P} x {width // P} patches of {P} x {P} pixels")
     left.set_axis_off()
 
     if classes == 1:
@@ -489,72 +536,41 @@ def draw(image: Tensor, logits: Tensor, config: UNETRConfig, trained: bool) -> p
         output = right.imshow(logits[0].argmax(0).numpy(), cmap=colors, **limits, **options)
         step = math.ceil(classes / 20)  # at most 20 ticks
         figure.colorbar(output, label="class", ticks=range(0, classes, step))
-    right.set_title("Output" if trained else "Output of an untrained network: meaningless")
+    right.set_title(title)
     right.set_axis_off()
     return figure
 
 
-def paint(text: str) -> str:
-    """Color the names of the blocks if standard output is a terminal."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return text
-    for name, number in COLORS.items():
-        text = text.replace(name, f"\033[30;48;5;{number}m {name} \033[0m")
-    return text
+def run_and_print(model: UNETR, image: Tensor) -> Tensor:
+    """Run the network, print the shapes of each block as it finishes, and return the logits.
 
+    The input of merge1 is the concatenation of the outputs of up and skip.
+    """
 
-def print_stage(name: str, blocks: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Print a row of the table. PyTorch calls it with the last three arguments, as a hook."""
-    shapes = f"{tuple(args[0].shape)!s:<19} {tuple(output.shape)!s:<19}"
-    print(f"{name:<19} {shapes} {paint(blocks)}", flush=True)
+    def print_row(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        blocks = module if type(module) is nn.Sequential else [module]
+        names = " ".join(type(block).__name__ for block in blocks)
+        print(f"{name:<20}{tuple(args[0].shape)!s:<20}{tuple(output.shape)!s:<20}{names}")
 
-
-def print_stages(model: UNETR) -> None:
-    """Print the table header, and register hooks that print each stage as it finishes."""
-    stages = {"encoder.patch_embed": "linear"}
-    for layer in model.config.tapped_layers:
-        stages[f"encoder.blocks.{layer - 1}"] = f"Transformer layer {layer}"
-    for i, stage in enumerate(model.decoder):
-        names = " ".join(type(block).__name__ for block in stage.skip)  # "BlueBlock BlueBlock"
-        stages[f"decoder.{i}.skip"] = names.replace("Block", "").lower()
-        stages[f"decoder.{i}"] = "green orange orange"
-    stages["head"] = "grey"
-
-    print(paint("orange: conv 3x3, batch norm, ReLU; green: transposed conv 2x2, stride 2;"))
-    print(paint("blue: green, then orange; grey: conv 1x1\n"))
-    print(f"{'module':<19} {'input':<19} {'output':<19} blocks")
-    for name, blocks in stages.items():
-        model.get_submodule(name).register_forward_hook(partial(print_stage, name, blocks))
-
-
-def load_weights(model: UNETR, path: Path) -> None:
-    """Load a state_dict saved with torch.save. Raises ValueError if there is none or it differs."""
-    with open(path, "rb") as file:
-        try:
-            state_dict = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # loading a damaged file raises almost anything
-            raise ValueError(f"{path} is not a weights file saved with torch.save") from error
-    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
-        raise ValueError(f"{path} must contain a state_dict, which maps names to tensors")
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        reason = textwrap.shorten(str(error), 300)
-        raise ValueError(f"{path} does not match this configuration: {reason}") from error
-
-
-def parse_size(text: str) -> int | tuple[int, int]:
-    """'256' -> 256, '192x256' -> (192, 256)."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise argparse.ArgumentTypeError(f"must be SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
-    if "x" not in text:
-        return int(text)
-    height, width = text.split("x")
-    return (int(height), int(width))
+    print(f"{'module':<20}{'input':<20}{'output':<20}class")
+    modules = ["encoder.patch_embed"]
+    modules += [f"encoder.blocks.{layer - 1}" for layer in model.config.tapped_layers]
+    for i in range(len(model.decoder)):
+        modules += [f"decoder.{i}.{part}" for part in ("up", "skip", "merge1", "merge2")]
+    modules.append("head")
+    hooks = []
+    for name in modules:
+        hook = partial(print_row, name)
+        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+    with torch.inference_mode():
+        logits = model(image)
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command-line options; those of the network are the fields of UNETRConfig."""
+    """The command-line options. Those for an untrained network are set only if they are given."""
     parser = argparse.ArgumentParser(
         prog="UNETR-2D.py",
         usage="%(prog)s [image] [options]",
@@ -563,33 +579,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
+    weights = "file of save_checkpoint, trained on images as load_image returns them"
     parser.add_argument("image", type=Path, nargs="?", default=SAMPLE, help="image file")
     parser.add_argument("--output", type=Path, default="unetr-2d.png", help="figure file")
-    parser.add_argument("--weights", type=Path, help="state_dict to load, saved with torch.save")
+    parser.add_argument("--weights", type=Path, help=weights)
     parser.add_argument("--device", choices=devices, default=devices[0], help="where to run")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for the weights")
     parser.add_argument("--no-show", action="store_true", help="do not open a window")
-    network = parser.add_argument_group("network")
-    network.add_argument("--image-size", type=parse_size, help="H and W in pixels: 256 or 192x256")
-    network.add_argument("--patch-size", type=int, help="P in pixels, a power of two")
-    network.add_argument("--in-channels", type=int, help="C: 1 for grayscale, 3 for RGB")
-    network.add_argument("--out-channels", type=int, help="1 for a binary mask, or one per class")
-    network.add_argument("--hidden-dim", type=int, help="K, the embedding dimension")
-    network.add_argument("--num-layers", type=int, help="Transformer layers")
-    network.add_argument("--num-heads", type=int, help="attention heads per layer")
-    network.add_argument("--mlp-dim", type=int, help="hidden units of each MLP")
-    network.add_argument("--dropout-rate", type=float, help="no effect here: training only")
-    network.add_argument("--feature-size", type=int, help="decoder channels at full resolution")
-    parser.set_defaults(**asdict(UNETRConfig()))  # of the network options
+
+    network = parser.add_argument_group("untrained network", "not allowed with --weights")
+    add = partial(network.add_argument, type=int, default=argparse.SUPPRESS)
+    default = UNETRConfig()
+    size = "in pixels (default: {} {})".format(*default.size)
+    add("--seed", help=f"random seed for the weights (default: {SEED})")
+    add("--image-size", nargs=2, metavar=("H", "W"), help=size)
+    add("--patch-size", help=f"P in pixels, a power of two (default: {default.patch_size})")
+    add("--in-channels", help=f"C: 1 for grayscale, 3 for RGB (default: {default.in_channels})")
+    add("--out-channels", help=f"1, or one per class (default: {default.out_channels})")
+    add("--hidden-dim", help=f"K, the embedding dimension (default: {default.hidden_dim})")
+    add("--num-layers", help=f"Transformer layers (default: {default.num_layers})")
+    add("--num-heads", help=f"attention heads per layer (default: {default.num_heads})")
+    add("--mlp-dim", help=f"hidden units of each MLP (default: {default.mlp_dim})")
+    add("--feature-size", help=f"channels at full resolution (default: {default.feature_size})")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: run the network on an image, print its stages, save and show the figure.
-
-    Common mistakes, such as an invalid value or a file that cannot be read, end in SystemExit(2)
-    after the usage line and one sentence on standard error.
-    """
+    """The command. A user's mistake ends in SystemExit(2), after a usage line and one sentence."""
     parser = build_parser()
     args = parser.parse_args(argv)
     extensions = FigureCanvasBase.get_supported_filetypes()  # without the dot
@@ -597,41 +612,48 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--output must end in .{', .'.join(extensions)}, got {args.output}")
     if not args.output.parent.is_dir():
         parser.error(f"--output must be in an existing folder, got {args.output}")
-    try:
-        if args.output.exists():
-            inputs = [path for path in (args.image, args.weights) if path is not None]
-            if any(args.output.samefile(path) for path in inputs):
-                raise ValueError(f"--output must not be an input file, got {args.output}")
-        config = UNETRConfig(**{name: getattr(args, name) for name in asdict(UNETRConfig())})
-        torch.manual_seed(args.seed)
+    settings = {name: value for name, value in vars(args).items() if name in asdict(UNETRConfig())}
+    for name in ("seed", *settings):
+        if args.weights and name in args:
+            parser.error(f"--{name.replace('_', '-')} has no effect with --weights")
+
+    # No network is built in a try: a mistake in its code must end in a traceback.
+    if args.weights:
+        weights, title = args.weights, "Output"
+        try:
+            model = load_checkpoint(args.weights)
+        except (CheckpointError, OSError) as error:
+            parser.error(str(error))
+    else:
+        seed = getattr(args, "seed", SEED)
+        weights, title = f"untrained, seed {seed}", "Output of an untrained network: meaningless"
+        try:
+            config = UNETRConfig(**settings)
+        except ValueError as error:
+            parser.error(str(error))
+        torch.manual_seed(seed)
         model = UNETR(config)
-        if args.weights:
-            load_weights(model, args.weights)
-        image = load_image(args.image, config)
+    try:
+        image = load_image(args.image, model.config)
+        inputs = [args.image, args.weights or args.image]
+        if args.output.exists() and any(map(args.output.samefile, inputs)):
+            raise ValueError(f"--output must not be an input file, got {args.output}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
     model.to(args.device).eval()
-    print(config)
+    print(model.config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
-    print(f"weights: {args.weights or f'untrained, seed {args.seed}'}")
-    print(f"image: {args.image}, resized to {config.size[0]} x {config.size[1]} pixels\n")
-    print_stages(model)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        logits = model(image.to(args.device)).cpu()
-    print(f"\nforward pass: {time.perf_counter() - start:.2f} s")
+    print(f"weights: {weights}")
+    print(f"image: {args.image}, resized to {model.config.size} pixels\n")
+    logits = run_and_print(model, image.to(args.device)).cpu()
 
-    figure = draw(image, logits, config, trained=args.weights is not None)
-    try:
-        figure.savefig(args.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"figure: {args.output.resolve()}")
+    figure = draw(image, logits, model.config.patch_size, title)
+    figure.savefig(args.output)
+    print(f"\nfigure: {args.output.resolve()}")
     if not args.no_show:
         plt.show()
 
 
 if __name__ == "__main__":
     main()
-    gc.freeze()  # saves 0.3 s of garbage collection at exit

@@ -5,33 +5,23 @@ python tests/compare_training.py [--steps N] [--seeds N] [--processes N] [--figu
 It is a sanity check of learning, not a benchmark of segmentation: training and held-out slices are
 of one averaged brain, with two slices left out between them.
 
-Each run uses one thread of one worker process, also with --processes 1. The number of processes
-therefore changes how long it takes and in which order the runs finish, but not their results.
-Other processors and other versions of PyTorch round differently, and give somewhat other results.
+Each run uses one thread of a worker process, so the results do not depend on the number of workers.
+Other processors and versions of PyTorch round differently, and give somewhat different results.
 """
 
 import argparse
-import importlib
-import platform
-import sys
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from benchmark import TESTS, build_monai, print_machine, unetr
 from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS.parent))
-unetr = importlib.import_module("UNETR-2D")
 
 CONFIG = unetr.UNETRConfig(
     image_size=(112, 96), in_channels=1, hidden_dim=96, mlp_dim=192, num_heads=4, feature_size=16
@@ -42,6 +32,14 @@ HELD_OUT = [*range(12, 18), *range(32, 38)]
 BATCH_SIZE = 4
 LEARNING_RATE = 4e-3  # the maximum of the schedule
 WEIGHT_DECAY = 0.01
+
+MODELS = {
+    "UNETR-2D": unetr.UNETR,
+    "MONAI, batch norm": partial(build_monai, norm_name="batch"),
+    "MONAI, instance norm": partial(build_monai, norm_name="instance"),
+}
+COLORS = ["black", "tab:purple", "tab:green"]  # of their curves
+MARKS = 16  # number of times that each run records its results
 
 
 def load_slices(kind: str) -> Tensor:
@@ -58,13 +56,10 @@ def dice(prediction: Tensor, reference: Tensor) -> float:
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Masks of 0 and 1, in evaluation mode. The model then returns to the mode it was in."""
-    training = model.training
+    """Masks of 0 and 1. Leaves the model in evaluation mode."""
     model.eval()
     with torch.inference_mode():
-        masks = (model(images) > 0).float()
-    model.train(training)
-    return masks
+        return (model(images) > 0).float()
 
 
 def evaluate(model: nn.Module) -> float:
@@ -83,10 +78,8 @@ def random_batch(images: Tensor, masks: Tensor, generator: torch.Generator) -> l
     return [x.roll(shift, (2, 3)) for x in batch]  # the black margin is at least as wide
 
 
-def train(
-    model: nn.Module, steps: int, seed: int, marks: tuple[int, ...] = ()
-) -> list[tuple[float, float]]:
-    """Train with cross-entropy, and return the results at the steps in marks.
+def train(model: nn.Module, steps: int, seed: int) -> list[tuple[float, float]]:
+    """Train with cross-entropy. Returns the results at MARKS evenly spaced steps.
 
     A result is the mean loss of the last 20 steps and the Dice on the held-out slices.
     """
@@ -95,8 +88,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     losses, results = [], []
-    model.train()
     for step in range(1, steps + 1):
+        model.train()
         x, y = random_batch(images, masks, generator)
         loss = F.binary_cross_entropy_with_logits(model(x), y)
         optimizer.zero_grad()
@@ -104,188 +97,107 @@ def train(
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-        if step in marks:
+        if step % (steps // MARKS) == 0:
             results.append((float(np.mean(losses[-20:])), evaluate(model)))
     return results
 
 
-def build_unetr() -> nn.Module:
-    return unetr.UNETR(CONFIG)
-
-
-def build_monai(norm_name: str) -> nn.Module:
-    from monai.networks.nets import UNETR
-
-    return UNETR(
-        in_channels=CONFIG.in_channels,
-        out_channels=CONFIG.out_channels,
-        img_size=CONFIG.size,
-        feature_size=CONFIG.feature_size,
-        hidden_size=CONFIG.hidden_dim,
-        mlp_dim=CONFIG.mlp_dim,
-        num_heads=CONFIG.num_heads,
-        norm_name=norm_name,
-        spatial_dims=2,
-    )
-
-
-MODELS = {
-    "UNETR-2D": build_unetr,
-    "MONAI, batch norm": partial(build_monai, "batch"),
-    "MONAI, instance norm": partial(build_monai, "instance"),
-}
-
-
-def run(name: str, seed: int, steps: int, marks: tuple[int, ...], figure: Path | None) -> list:
-    """Train one model from scratch, in a worker process. Returns its results at the marks."""
+def run(name: str, seed: int, steps: int) -> tuple[list, Tensor]:
+    """Train one model from scratch. Returns its results and its masks of the held-out slices."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
-    results = train(model, steps, seed, marks)
-    if figure:
-        draw(model, figure)
-    return results
+    model = MODELS[name](CONFIG)
+    results = train(model, steps, seed)
+    loss, score = results[-1]
+    print(f"{name}, seed {seed}: loss {loss:.4f}, Dice {score:.4f}", flush=True)
+    return results, predict(model, load_slices("t1")[HELD_OUT])
 
 
-def run_all(args: argparse.Namespace, marks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Train all models with all seeds: for each model, an array (seeds, marks, loss and Dice)."""
-    pool = ProcessPoolExecutor(
-        args.processes,
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    )
-    futures = {}
-    for seed in range(args.seeds):
-        for name in MODELS:
-            figure = args.figure if name == "UNETR-2D" and seed == 0 else None
-            future = pool.submit(run, name, seed, args.steps, marks, figure)
-            futures[future] = (name, seed)
-
-    results = {name: np.zeros((args.seeds, len(marks), 2)) for name in MODELS}
-    try:
-        for future in as_completed(futures):
-            name, seed = futures[future]
-            results[name][seed] = future.result()
-            for mark, (loss, score) in zip(marks, results[name][seed], strict=True):
-                print(f"seed {seed}, {name}, step {mark}: loss {loss:.4f}, Dice {score:.4f}")
-            sys.stdout.flush()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error, without starting the remaining runs
-    return results
-
-
-def draw(model: nn.Module, path: Path) -> None:
-    """Plot the held-out slices of the worst, median and best Dice of one model.
-
-    Each row shows the image, its reference mask, and the prediction with errors in color.
-    """
-    images, references = load_slices("t1")[HELD_OUT], load_slices("gm")[HELD_OUT]
-    predictions = predict(model, images)
-    scores = [dice(*masks) for masks in zip(predictions, references, strict=True)]
-    order = np.argsort(scores)
-    chosen = {"Worst": order[0], "Median": order[len(order) // 2], "Best": order[-1]}
-    gray, orange, blue = (0.75, 0.75, 0.75), (0.9, 0.45, 0.0), (0.1, 0.45, 1.0)
-
-    # In pixels: 9 panels of 240 x 288, which are 80 x 96 enlarged three times, with gaps of 16 x 32
-    # and margins of 16 at the left and right, 32 at the top and 36 at the bottom.
-    width, height = 784, 996
-    figure, axes = plt.subplots(3, 3, figsize=(width / 100, height / 100), dpi=100)
-    figure.subplots_adjust(
-        left=16 / width,
-        right=1 - 16 / width,
-        bottom=36 / height,
-        top=1 - 32 / height,
-        wspace=16 / 240,
-        hspace=32 / 288,
-    )
-    for row, (rank, i) in zip(axes, chosen.items(), strict=True):
-        image, reference, prediction = (
-            slices[i, 0, 8:104, 8:88, None].numpy() for slices in (images, references, predictions)
-        )
-        true_positive = prediction * reference
-        false_positive = prediction * (1 - reference)
-        false_negative = (1 - prediction) * reference
-        panels = {
-            f"{rank} of {len(order)} held-out slices": image.repeat(3, axis=2),
-            "Reference mask": reference * gray,
-            f"Prediction, Dice {scores[i]:.3f}": (
-                true_positive * gray + false_positive * orange + false_negative * blue
-            ),
-        }
-        for axis, (title, panel) in zip(row, panels.items(), strict=True):
-            axis.imshow(panel, interpolation="nearest")
-            axis.set_title(title, fontsize=10)
-            axis.set_axis_off()
-    colors = {"True positive": gray, "False positive": orange, "False negative": blue}
-    patches = [Patch(color=color, label=label) for label, color in colors.items()]
-    figure.legend(handles=patches, loc="lower right", ncols=3, frameon=False)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def print_facts(args: argparse.Namespace) -> None:
-    """Print what the results depend on."""
-    height, width = CONFIG.size
-    print("images: axial slices of the ICBM 152 T1 template, an average of 152 brains")
-    print("reference masks: gray matter probability map of the template > 0.5")
-    print(f"image size: {height} x {width} pixels of 2 mm")
-    print(f"slices: {len(TRAIN)} to train, {len(HELD_OUT)} held out, of the same brain")
-    print(f"network: patch size {CONFIG.patch_size}, {CONFIG.num_layers} layers", end="")
-    print(f", {CONFIG.num_heads} heads, hidden size {CONFIG.hidden_dim}", end="")
-    print(f", MLP size {CONFIG.mlp_dim}, feature size {CONFIG.feature_size}")
-    for name, build in MODELS.items():
-        print(f"parameters of {name}: {sum(p.numel() for p in build().parameters()):,}")
-    print(f"batch size: {BATCH_SIZE}, randomly flipped and shifted")
-    print(f"optimizer: AdamW, weight decay {WEIGHT_DECAY}")
-    print(f"schedule: OneCycleLR up to {LEARNING_RATE}, over {args.steps} steps")
-    print(f"seeds: {args.seeds} for each model")
-    print(f"processes: {args.processes}, each with one thread")
-    print(f"date: {time.strftime('%Y-%m-%d')}")
-    print(f"versions: Python {platform.python_version()}", end="")
-    print(f", torch {torch.__version__}, MONAI {version('monai')}\n", flush=True)
-
-
-def print_table(title: str, marks: tuple[int, ...], values: dict[str, np.ndarray]) -> None:
-    """Print a Markdown table of mean ± standard deviation over the seeds.
-
-    values has an array (seeds, marks) for each model.
-    """
-    print(f"\n| {title} | {' | '.join(f'{mark} steps' for mark in marks)} |")
-    print("|---" * (1 + len(marks)) + "|")
-    for name, runs in values.items():
-        cells = []
-        for column in runs.T:
-            cell = f"{column.mean():.3f}"
-            if len(column) > 1:
-                cell += f" ± {column.std(ddof=1):.3f}"
-            cells.append(cell)
+def print_table(title: str, steps: int, values: np.ndarray) -> None:
+    """Print mean ± standard deviation over the seeds of values (models, seeds, MARKS)."""
+    marks = [2, 4, 8, 16]  # an eighth, a quarter, half and all of the steps
+    print(f"\n| {title} | {' | '.join(f'{steps * mark // MARKS} steps' for mark in marks)} |")
+    print("|---" * 5 + "|")
+    for name, runs in zip(MODELS, values, strict=True):
+        columns = runs[:, [mark - 1 for mark in marks]].T
+        cells = [f"{x.mean():.3f} ± {x.std(ddof=1):.3f}" for x in columns]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=800, help="steps per run (default: 800)")
-    parser.add_argument("--seeds", type=int, default=5, help="runs per model (default: 5)")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--figure", type=Path, help="plot predictions of UNETR-2D with seed 0")
-    args = parser.parse_args()
-    if args.steps < 8:
-        parser.error(f"--steps must be at least 8, got {args.steps}")
-    for name in ("seeds", "processes"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.figure and not args.figure.parent.is_dir():
-        parser.error(f"--figure must be in an existing folder, got {args.figure}")
+def draw_slice(axes: dict[str, plt.Axes], predictions: Tensor) -> None:
+    """Plot the held-out slice of median Dice: image, reference mask and prediction."""
+    images, references = load_slices("t1")[HELD_OUT], load_slices("gm")[HELD_OUT]
+    scores = [dice(*masks) for masks in zip(predictions, references, strict=True)]
+    i = np.argsort(scores)[len(scores) // 2]
+    slices = [x[i, 0, 8:104, 8:88].numpy() for x in (images, references, predictions)]
+    titles = ["Held-out slice", "Reference mask", f"Prediction, Dice {scores[i]:.3f}"]
+    for name, panel, title in zip("ABC", [slices[0], slices[1], slices[0]], titles, strict=True):
+        axes[name].imshow(panel, cmap="gray")
+        axes[name].set_title(title)
+        axes[name].set_axis_off()
 
-    marks = (args.steps // 8, args.steps // 4, args.steps // 2, args.steps)
-    print_facts(args)
-    results = run_all(args, marks)
-    losses = {name: values[:, :, 0] for name, values in results.items()}
-    scores = {name: values[:, :, 1] for name, values in results.items()}
-    print_table("Dice, held-out slices", marks, scores)
-    print_table("loss, last 20 steps", marks, losses)
+    _, reference, prediction = slices
+    patches = []
+    for label, mask, color in [
+        ("true positive", prediction * reference, (1.0, 0.85, 0.2, 0.4)),
+        ("false positive", prediction * (1 - reference), (1.0, 0.0, 0.0, 1.0)),
+        ("false negative", (1 - prediction) * reference, (0.0, 0.5, 1.0, 1.0)),
+    ]:
+        axes["C"].imshow(mask[..., None] * color)  # transparent where the mask is 0
+        patches.append(Patch(color=color, label=label))
+    axes["L"].legend(handles=patches, loc="center", frameon=False)
+    axes["L"].set_axis_off()
+
+
+def draw_curves(axis: plt.Axes, steps: int, scores: np.ndarray) -> None:
+    """Plot the mean and the range over the seeds of scores (models, seeds, MARKS)."""
+    x = np.arange(1, MARKS + 1) * steps / MARKS
+    for rank, i in enumerate(np.argsort(-scores[:, :, -1].mean(1))):  # the best first
+        low, mean, high = scores[i].min(0), scores[i].mean(0), scores[i].max(0)
+        axis.fill_between(x, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
+        axis.plot(x, mean, color=COLORS[i])
+        axis.annotate(
+            list(MODELS)[i].replace(", ", ",\n"),
+            xy=(steps, mean[-1]),
+            xytext=(1.06, 0.96 - 0.12 * rank),  # the ends of the curves may coincide
+            textcoords=axis.transAxes,
+            va="center",
+            color=COLORS[i],
+            arrowprops=dict(arrowstyle="-", color=COLORS[i], relpos=(0, 0.5)),
+        )
+    title = f"Dice on held-out slices: mean and range of {scores.shape[1]} seeds"
+    axis.set(title=title, xlabel="training step", xlim=(0, steps), ylim=(0, 1))
+    axis.grid(alpha=0.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=800, help="multiple of 16 (default: 800)")
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2 (default: 5)")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--figure", type=Path, help="plot a prediction and the Dice over the steps")
+    args = parser.parse_args()
+
+    print_machine()
+    print(f"slices: {len(TRAIN)} to train, {len(HELD_OUT)} held out; batch size {BATCH_SIZE}")
+    print(f"optimizer: AdamW, weight decay {WEIGHT_DECAY}, OneCycleLR up to {LEARNING_RATE}")
+    print(CONFIG)
+    for name, build in MODELS.items():
+        print(f"parameters of {name}: {sum(p.numel() for p in build(CONFIG).parameters()):,}")
+
+    jobs = [(name, seed, args.steps) for name in MODELS for seed in range(args.seeds)]
+    with get_context("spawn").Pool(args.processes, torch.set_num_threads, (1,)) as pool:
+        runs = pool.starmap(run, jobs, chunksize=1)
+    results = np.array([result for result, _ in runs])
+    results = results.reshape(len(MODELS), args.seeds, MARKS, 2)  # loss and Dice
+    print_table("Dice, held-out slices", args.steps, results[..., 1])
+    print_table("loss, last 20 steps", args.steps, results[..., 0])
+    if args.figure:
+        plt.rc("axes", titlesize=10)
+        layout = dict(width_ratios=[1, 1, 2.2], figsize=(8.3, 4.2), layout="constrained")
+        figure, axes = plt.subplot_mosaic("ABD;LCD", **layout)
+        draw_slice(axes, predictions=runs[0][1])  # of UNETR-2D, seed 0
+        draw_curves(axes["D"], args.steps, results[..., 1])
+        figure.savefig(args.figure, dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The encoder agrees with MONAI's ViT, the network with an independent reimplementation."""
+"""The encoder agrees with MONAI's ViT, the network with a second implementation."""
 
 import math
 import operator
@@ -102,10 +102,10 @@ def test_encoder_agrees_with_monai_at_every_layer(
     assert largest <= TOLERANCE[dtype]
 
 
-# The full network against an independent reimplementation, from the equations and Figure 2
+# The full network against a second implementation, from the equations and Figure 2
 
 
-class Reimplementation:
+class SecondImplementation:
     """UNETR as functions of the tensors of a state_dict, without any module of the script."""
 
     def __init__(self, state, patch, heads, training):
@@ -212,13 +212,13 @@ class Reimplementation:
 
 
 def network(patch, size, training, dtype):
-    """A network with random weights, and its independent reimplementation."""
+    """A network with random weights, and the second implementation of it."""
     config = unetr.UNETRConfig(size, patch, 3, 2, 48, 12, 4, 80, 0.0, 6)
     model = randomize(unetr.UNETR(config)).to(dtype).train(training)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, _ in model.named_parameters():
         state[name].requires_grad_()
-    return model, Reimplementation(state, patch, 4, training)
+    return model, SecondImplementation(state, patch, 4, training)
 
 
 def random_image(size, dtype):
@@ -237,9 +237,7 @@ SIZES = [  # patch size, configured size, size of the image
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("patch, configured, size", SIZES)
-def test_network_agrees_with_an_independent_reimplementation(
-    patch, configured, size, training, dtype
-):
+def test_network_agrees_with_a_second_implementation(patch, configured, size, training, dtype):
     model, second = network(patch, configured, training, dtype)
     image = random_image(size, dtype)
     with torch.no_grad():
@@ -250,12 +248,12 @@ def test_network_agrees_with_an_independent_reimplementation(
         for i, removed in enumerate(inputs):
             without = second.decode([*inputs[:i], torch.zeros_like(removed), *inputs[i + 1 :]])
             assert (without - theirs).std() > 0.1 * theirs.std(), f"input {i} of the decoder"
-    print(f"\nnetwork against an independent reimplementation, P = {patch}, {dtype}: {largest:.1e}")
+    print(f"\nnetwork against a second implementation, P = {patch}, {dtype}: {largest:.1e}")
     assert largest <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("patch, configured, size", [SIZES[0], SIZES[1], SIZES[4]])
-def test_gradients_and_running_statistics_agree_with_an_independent_reimplementation(
+def test_gradients_and_running_statistics_agree_with_a_second_implementation(
     patch, configured, size
 ):
     model, second = network(patch, configured, True, torch.float64)

@@ -1,189 +1,325 @@
-"""Checkpoints: positions are resized from the right grid; other mismatches are reported."""
+"""Checkpoints: a saved network knows its configuration; a timm ViT fills the encoder or is refused.
 
+Nothing that does not fit is loaded in silence.
+"""
+
+import dataclasses
 import itertools
-import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import largest_difference, resized, small, unetr, vit_checkpoint
+from torch import nn
 
-TOKENS = ("cls_token", "dist_token", "reg_token")
-GRIDS = [(1, 1), (1, 4), (2, 2), (2, 3), (3, 2), (3, 3), (4, 9), (9, 4), (6, 6), (5, 8)]
-
-
-def encoder(grid):
-    """A small encoder with patches of 2 x 2 pixels."""
-    height, width = grid
-    sizes = dict(hidden_dim=6, num_layers=1, num_heads=1, mlp_dim=4, feature_size=1)
-    return unetr.ViT(unetr.UNETRConfig(image_size=(2 * height, 2 * width), patch_size=2, **sizes))
+# save_checkpoint, load_checkpoint
 
 
-def coordinates(grid):
-    """A position embedding (1, h, w, 6) of coordinates: no two are equal, none is symmetric."""
-    rows, columns = torch.meshgrid(*(torch.arange(float(side)) for side in grid), indexing="ij")
-    features = [rows, columns, rows * columns, rows**2, columns**2, rows - columns]
-    return torch.stack(features, dim=2).unsqueeze(0)
-
-
-def assert_positions(loaded, positions, grid):
-    if positions.shape[1:3] == grid:
-        assert torch.equal(loaded.pos_embed, positions)
-    else:
-        torch.testing.assert_close(loaded.pos_embed, resized(positions, grid))
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("new_grid", GRIDS)
-def test_own_positions_are_resized_from_their_own_grid(grid, new_grid):
-    saved, loaded = encoder(grid), encoder(new_grid)
-    saved.pos_embed.data = coordinates(grid)
-    loaded.load_state_dict(saved.state_dict())
-    assert_positions(loaded, coordinates(grid), new_grid)
-
-
-@pytest.mark.parametrize("side", range(1, 9))
-def test_vit_positions_are_those_of_their_square_grid_or_an_error(side):
-    """With any prefix tokens, whether they have positions or not."""
-    right = coordinates((side, side))
-    refused = 0
-    combinations = list(itertools.product((0, 1), (0, 1), (0, 1, 4)))
-    for numbers, new_grid in itertools.product(combinations, GRIDS):
-        prefix_tokens = sum(numbers)
-        # positions of no prefix token, of the class token, of all
-        for prefix in {0, numbers[0], prefix_tokens}:
-            positions = torch.cat([torch.full((1, prefix, 6), -100.0), right.flatten(1, 2)], dim=1)
-            checkpoint = {"pos_embed": positions}
-            for name, number in zip(TOKENS, numbers, strict=True):
-                if number:
-                    checkpoint[name] = torch.zeros(1, number, 6)
-            loaded = encoder(new_grid)
-            try:
-                loaded.load_state_dict(checkpoint, strict=False)
-            except ValueError as error:
-                assert str(side**2 + prefix) in str(error)
-                refused += 1
-            else:
-                assert_positions(loaded, right, new_grid)
-    if side > 3:  # below, two grids can have as many tokens: 2 x 2 and five prefix tokens, or 3 x 3
-        assert not refused
-
-
-@pytest.mark.parametrize("tokens", range(40))
-@pytest.mark.parametrize("prefix", range(3))
-def test_positions_that_belong_to_no_square_grid_are_refused(tokens, prefix):
-    checkpoint = {"pos_embed": torch.zeros(1, tokens, 6)}
-    for name in TOKENS[:prefix]:
-        checkpoint[name] = torch.zeros(1, 1, 6)
-    if tokens and tokens - math.isqrt(tokens) ** 2 <= prefix:
-        encoder((2, 3)).load_state_dict(checkpoint, strict=False)
-    else:
-        with pytest.raises(ValueError, match=rf"pos_embed.*\b{tokens}\b"):
-            encoder((2, 3)).load_state_dict(checkpoint, strict=False)
+def trained(**sizes):
+    """A network whose every value differs from that of a new one."""
+    model = unetr.UNETR(small(**sizes))
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(torch.rand(tensor.shape) + 1 if tensor.is_floating_point() else tensor + 7)
+        assert tensor.any(), name
+    return model
 
 
 @pytest.mark.parametrize(
-    "size, new_size",
-    [((144, 256), (288, 512)), ((192, 256), (256, 192)), ((192, 256), (384, 512))],
+    "sizes", [{}, dict(image_size=(32, 96), num_heads=6, dropout_rate=0.25, out_channels=4)]
 )
-def test_own_weights_of_another_image_size_are_the_same_network(size, new_size):
-    model = unetr.UNETR(small(image_size=size)).eval()
-    torch.nn.init.normal_(model.encoder.pos_embed)
-    other = unetr.UNETR(small(image_size=new_size)).eval()
-    other.load_state_dict(model.state_dict())
-    image = torch.rand(1, 3, *new_size)
-    with torch.inference_mode():
-        logits = model(image)  # resizes its position embedding at run time
-        torch.testing.assert_close(other(image), logits)
-        other.encoder.pos_embed.zero_()
-        assert (other(image) - logits).std() > 0.1 * logits.std()
+def test_a_checkpoint_is_the_same_network_in_eval_mode(tmp_path, sizes):
+    model = trained(**sizes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    unetr.save_checkpoint(model, tmp_path / "a.pt")
+    assert model.training  # as before
+    loaded = unetr.load_checkpoint(str(tmp_path / "a.pt"))
+    assert loaded.config == model.config
+    assert not any(module.training for module in loaded.modules())
+    assert loaded.state_dict().keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(model.state_dict()[name], tensor), name
+    image = torch.rand(1, 3, *model.config.size)
+    assert torch.equal(loaded(image), model.eval()(image))
+    loaded(image).mean().backward()  # training can go on
 
 
-def test_positions_at_another_image_size_follow_their_parameter():
-    model, image = unetr.UNETR(small()).eval(), torch.rand(1, 3, 96, 80)
-    model(image)
-    torch.nn.init.normal_(model.encoder.pos_embed)
-    same = unetr.UNETR(small()).eval()
+def test_a_checkpoint_is_two_plain_entries(tmp_path):
+    sizes = dict(image_size=torch.Size([np.int64(32), 96]), num_heads=np.int64(3))
+    model = unetr.UNETR(small(**sizes, dropout_rate=np.float64(0.5)))
+    unetr.save_checkpoint(model, tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content.keys() == {"config", "state_dict"}
+    values = dataclasses.asdict(small(image_size=(32, 96), dropout_rate=0.5))
+    assert content["config"] == {**values, "image_size": content["config"]["image_size"]}
+    for value in [*content["config"].values(), *content["config"]["image_size"]]:
+        assert type(value) in (int, float, list, tuple)
+    assert content["state_dict"].keys() == model.state_dict().keys()
+    assert unetr.load_checkpoint(tmp_path / "a.pt").config.size == (32, 96)
+
+
+def test_a_checkpoint_of_an_accelerator_is_loaded_to_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        unetr.save_checkpoint(unetr.UNETR(small()), tmp_path / "a.pt")
+    model = unetr.load_checkpoint(tmp_path / "a.pt")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+def test_what_is_no_unetr_is_not_saved(tmp_path):
+    model = unetr.UNETR(small())
+    for wrapped in (torch.compile(model), nn.DataParallel(model), model.state_dict()):
+        with pytest.raises(TypeError, match=type(wrapped).__name__):
+            unetr.save_checkpoint(wrapped, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Executed:
+    """Creates a file if it is unpickled without care."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def bad_checkpoints():
+    """Contents of files that are refused, with what the message names."""
+    config = dataclasses.asdict(small())
+    state = unetr.UNETR(small()).state_dict()
+    other = unetr.UNETR(small(image_size=(32, 64))).state_dict()
+    incomplete = {name: value for name, value in config.items() if name != "num_heads"}
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+
+    def saved(config=config, state_dict=state):
+        return {"config": config, "state_dict": state_dict}
+
+    return {
+        "empty": (b"", []),
+        "text": (b"text" * 99, []),
+        "damaged": (b"\x80\x02h\x00.", []),  # neither UnpicklingError nor RuntimeError in PyTorch
+        "object": (Executed(), []),
+        "list": ([1], ["config and state_dict"]),
+        "state_dict": (state, ["config and state_dict"]),
+        "no config": ({"state_dict": state, "epoch": 3}, ["config and state_dict"]),
+        "no state_dict": ({"config": config}, ["config and state_dict"]),
+        "config is a list": (saved([1, 2]), ["configuration"]),
+        "impossible": (saved({**config, "patch_size": 12}), ["patch_size", "12"]),
+        "text for a number": (saved({**config, "num_heads": "3"}), ["configuration"]),
+        "no num_heads": (saved(incomplete), ["configuration", "num_heads"]),
+        "unknown setting": (saved({**config, "depth": 3}), ["configuration", "depth"]),
+        "another grid": (saved(state_dict=other), ["encoder.pos_embed"]),
+        "wrapped": (saved(state_dict=wrapped), ['"encoder.pos_embed"']),
+        "extra tensor": (saved(state_dict={**state, "x.y": torch.ones(1)}), ['"x.y"']),
+        "number": (saved(state_dict={**state, "head.bias": 1}), ["head.bias"]),
+        "state_dict is a list": (saved(state_dict=[1]), ["state_dict"]),
+        "names are numbers": (saved(state_dict={1: torch.ones(1)}), []),
+    }
+
+
+def write(path, content):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", bad_checkpoints())
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about pickles
+def test_any_other_file_is_refused_with_the_reason(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, parts = bad_checkpoints()[kind]
+    write(tmp_path / "bad.pt", content)
+    with pytest.raises(ValueError) as error:
+        unetr.load_checkpoint("bad.pt")
+    message = str(error.value)
+    assert message.startswith("bad.pt ")
+    assert len(message) < 400
+    for part in parts:
+        assert part in message
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]  # nothing was executed
+
+
+def test_a_file_that_cannot_be_opened_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        unetr.load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError])
+def test_a_mistake_in_the_network_is_no_fault_of_the_file(kind, tmp_path, monkeypatch):
+    unetr.save_checkpoint(unetr.UNETR(small()), tmp_path / "a.pt")
+
+    def bug(model):
+        raise kind("a bug")
+
+    monkeypatch.setattr(unetr, "initialize", bug)
+    with pytest.raises(kind, match=r"^a bug$") as error:
+        unetr.load_checkpoint(tmp_path / "a.pt")
+    assert not isinstance(error.value, unetr.CheckpointError)
+
+
+def test_a_plain_state_dict_loads_as_in_any_module():
+    model, same = trained(), unetr.UNETR(small())
     same.load_state_dict(model.state_dict())
-    assert torch.equal(model(image), same(image))
+    assert torch.equal(same.encoder.pos_embed, model.encoder.pos_embed)
+    with pytest.raises(RuntimeError, match=r"size mismatch for encoder\.pos_embed"):
+        unetr.UNETR(small(image_size=(32, 128))).load_state_dict(model.state_dict())  # as many
 
 
+# load_vit
+
+TOKENS = ("cls_token", "dist_token", "reg_token")
+GRIDS = [(1, 4), (2, 2), (3, 2), (4, 9), (6, 6), (5, 8)]
 CLASS, DISTILLED = [("cls_token", 1)], [("cls_token", 1), ("dist_token", 1)]
-VITS = {
-    "384 pixels, into as many tokens": (24, 1, CLASS, (288, 512)),
-    "DeiT III: no position for the class token": (14, 0, CLASS, 224),
-    "distilled DeiT": (14, 2, DISTILLED, 224),
-    "registers": (14, 5, [*CLASS, ("reg_token", 4)], 224),
-    "registers without positions": (14, 0, [*CLASS, ("reg_token", 4)], (224, 256)),
-    "no class token": (4, 0, [], (64, 96)),
-    "as many positions as tokens, one of the class token": (3, 1, CLASS, (32, 80)),
-}
+REGISTERS = [("cls_token", 1), ("reg_token", 4)]
 
 
-@pytest.mark.parametrize("side, prefix, tokens, size", VITS.values(), ids=VITS.keys())
+def assert_positions(encoder, positions):
+    if positions.shape[1:3] == encoder.config.grid:
+        assert torch.equal(encoder.pos_embed, positions)
+    else:
+        expected = resized(positions, encoder.config.grid)
+        torch.testing.assert_close(encoder.pos_embed.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "side, prefix, tokens, size",
+    [
+        pytest.param(24, 1, CLASS, (288, 512), id="384 pixels, into as many tokens"),
+        pytest.param(14, 0, CLASS, 224, id="DeiT III: no position for the class token"),
+        pytest.param(14, 2, DISTILLED, 224, id="distilled DeiT"),
+        pytest.param(14, 5, REGISTERS, 224, id="registers"),
+        pytest.param(14, 0, REGISTERS, (224, 256), id="registers without positions"),
+        pytest.param(4, 0, [], (64, 96), id="no class token"),
+        pytest.param(3, 1, CLASS, (32, 80), id="as many positions as tokens, one of the class"),
+    ],
+)
 def test_a_timm_vit_fills_the_encoder(side, prefix, tokens, size):
     vit = vit_checkpoint(side**2 + prefix, tokens)
-    model = unetr.UNETR(small(image_size=size, num_layers=4))
+    for name in ("fc_norm.weight", "head_dist.bias", "attn_pool.latent"):  # after the last layer
+        vit[name] = torch.rand(5)
     before = {name: tensor.clone() for name, tensor in vit.items()}
-    result = model.encoder.load_state_dict(vit, strict=False)
-    unused = {"norm.weight", "norm.bias", "head.weight", "head.bias"} | {name for name, _ in tokens}
-    assert result.missing_keys == []
-    assert set(result.unexpected_keys) == unused
-    positions = vit["pos_embed"][:, prefix:].unflatten(1, (side, side))
-    assert_positions(model.encoder, positions, model.config.grid)
-    loaded = model.encoder.state_dict()
-    for name in set(vit) - unused - {"pos_embed", "patch_embed.proj.weight"}:
-        assert torch.equal(loaded[name], vit[name]), name
+    encoder = unetr.UNETR(small(image_size=size, num_layers=4)).encoder
+    unetr.load_vit(encoder, vit)
+    assert_positions(encoder, before["pos_embed"][:, prefix:].unflatten(1, (side, side)))
+    loaded = encoder.state_dict()
+    for name in loaded.keys() - {"pos_embed", "patch_embed.proj.weight"}:
+        assert torch.equal(loaded[name], before[name]), name
+    assert vit.keys() == before.keys()
     for name, tensor in before.items():  # the caller's tensors are unchanged
         assert torch.equal(vit[name], tensor), name
     image = torch.rand(2, 3, 32, 48)
     weight, bias = vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"]
-    expected = torch.nn.functional.conv2d(image, weight, bias, stride=16).flatten(2).transpose(1, 2)
-    assert largest_difference(model.encoder.patch_embed(image), expected) <= 1e-5
+    expected = torch.nn.functional.conv2d(image, weight, bias, stride=16).flatten(2).mT
+    assert largest_difference(encoder.patch_embed(image), expected) <= 1e-5
 
 
-def test_a_vit_inside_of_a_larger_checkpoint_fills_the_encoder():
-    """By its prefix, in which the class token is looked for too."""
-    vit = vit_checkpoint(10, CLASS)
-    models = [unetr.UNETR(small(image_size=(32, 80), num_layers=4)) for _ in range(2)]
-    models[0].encoder.load_state_dict(vit, strict=False)
-    models[1].load_state_dict({f"encoder.{name}": vit[name] for name in vit}, strict=False)
-    for name, tensor in models[0].encoder.state_dict().items():
-        assert torch.equal(models[1].encoder.get_parameter(name), tensor), name
+@pytest.mark.parametrize("side", range(1, 9))
+def test_positions_are_those_of_their_square_grid_or_refused(side):
+    """With any prefix tokens, whether they have positions or not."""
+    grid_positions = torch.randn(1, side, side, 6)
+    refused = 0
+    combinations = itertools.product((0, 1), (0, 1), (0, 1, 4))
+    for numbers, grid in itertools.product(combinations, GRIDS):
+        size = tuple(2 * length for length in grid)
+        sizes = dict(hidden_dim=6, num_layers=1, num_heads=1, mlp_dim=4)
+        encoder = unetr.ViT(unetr.UNETRConfig(size, patch_size=2, **sizes))
+        vit = encoder.state_dict()
+        for name, number in zip(TOKENS, numbers, strict=True):
+            if number:
+                vit[name] = torch.zeros(1, number, 6)
+        for prefix in {0, numbers[0], sum(numbers)}:  # positions of none, of the class, of all
+            prefix_positions = torch.full((1, prefix, 6), -100.0)
+            vit["pos_embed"] = torch.cat([prefix_positions, grid_positions.flatten(1, 2)], dim=1)
+            try:
+                unetr.load_vit(encoder, vit)
+            except ValueError as error:
+                assert re.search(rf"pos_embed.* {side**2 + prefix} positions", str(error))
+                refused += 1
+            else:
+                assert_positions(encoder, grid_positions)
+    if side > 3:  # below, two grids can have as many tokens: 2 x 2 and five prefix tokens, or 3 x 3
+        assert not refused
 
 
-def refused(checkpoint, message, **sizes):
-    model = unetr.UNETR(small(image_size=(64, 96), num_layers=4, **sizes))
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        model.encoder.load_state_dict(checkpoint, strict=False)
+@pytest.mark.parametrize("prefix", [0, 1, 5, 9])
+def test_positions_of_no_square_grid_or_of_two_are_refused(prefix):
+    encoder = unetr.ViT(small(num_layers=4))
+    tokens_of_prefix = [("reg_token", prefix)] if prefix else []
+    for positions in range(60):
+        sides = [n for n in range(1, 9) if 0 <= positions - n**2 <= prefix]
+        vit = vit_checkpoint(positions, tokens_of_prefix)
+        if len(sides) == 1:
+            unetr.load_vit(encoder, vit)
+        else:
+            with pytest.raises(ValueError, match=f"pos_embed .* got {positions} positions"):
+                unetr.load_vit(encoder, vit)
 
 
-def test_positions_of_a_grid_that_is_not_square_are_refused():
-    refused(vit_checkpoint(192, CLASS), "pos_embed .* got 192 positions")  # verbatim
+def test_a_grid_of_positions_is_taken_as_it_is():
+    vit = vit_checkpoint(16)
+    vit["pos_embed"] = torch.rand(1, 2, 8, 24)
+    encoder = unetr.ViT(small(image_size=(32, 128), num_layers=4))
+    unetr.load_vit(encoder, vit)
+    assert torch.equal(encoder.pos_embed, vit["pos_embed"])
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        unetr.load_vit(unetr.ViT(small(num_layers=4)), vit)
 
 
-def test_a_patch_kernel_of_another_patch_size_is_refused_even_if_the_flattened_sizes_are_equal():
-    name = "patch_embed.proj.weight"  # 3 * 16 * 16 = 12 * 8 * 8
-    refused(vit_checkpoint(16), f"size mismatch for {name}", in_channels=12, patch_size=8)
+LACKING = """
+blocks.0.ls1.gamma blocks.0.attn.q_norm.weight blocks.0.attn.k_norm.bias norm_pre.weight
+blocks.1.attn.norm.weight blocks.0.attn.rel_pos_h rope.freqs blocks.0.attn.qkv_bias neck.0.weight
+headroom.weight head2.weight normal cls_token_2 blocks.4.norm1.weight blocks.0.mlp.fc1_g.weight
+"""
+REQUIRED = """
+pos_embed patch_embed.proj.weight patch_embed.proj.bias blocks.0.attn.qkv.bias blocks.3.norm1.weight
+"""
+
+
+@pytest.mark.parametrize("name", LACKING.split())
+def test_a_parameter_that_the_encoder_lacks_is_refused(name):
+    vit = {**vit_checkpoint(16), name: torch.ones(24)}
+    with pytest.raises(RuntimeError, match=f'Unexpected.*"{re.escape(name)}"'):
+        unetr.load_vit(unetr.ViT(small(num_layers=4)), vit)
+
+
+@pytest.mark.parametrize("name", REQUIRED.split())
+def test_a_missing_parameter_is_refused(name):
+    vit = vit_checkpoint(16)
+    del vit[name]
+    with pytest.raises(RuntimeError, match=f'Missing.*"{re.escape(name)}"'):
+        unetr.load_vit(unetr.ViT(small(num_layers=4)), vit)
+
+
+def test_a_wrapped_vit_is_refused():
+    vit = vit_checkpoint(16)
+    for wrapped in ({"model": vit}, {f"module.{name}": vit[name] for name in vit}):
+        with pytest.raises(RuntimeError, match=r'Missing.*"patch_embed\.proj\.weight"'):
+            unetr.load_vit(unetr.ViT(small(num_layers=4)), wrapped)
 
 
 @pytest.mark.parametrize(
-    "name, shape",
+    "name, shape, sizes",
     [
-        ("pos_embed", (1, 16, 48)),
-        ("pos_embed", (16, 24)),
-        ("pos_embed", (1, 2, 3, 4, 24)),
-        ("blocks.0.mlp.fc1.weight", (41, 24)),
+        ("patch_embed.proj.weight", (24, 3, 16, 16), dict(in_channels=12, patch_size=8)),  # as many
+        ("patch_embed.proj.weight", (24, 1, 16, 16), {}),
+        ("patch_embed.proj.weight", (24, 3, 16, 14), {}),
+        ("pos_embed", (1, 16, 48), {}),
+        ("pos_embed", (16, 24), {}),
+        ("pos_embed", (1, 4, 4, 1, 24), {}),
+        ("blocks.0.mlp.fc1.weight", (41, 24), {}),
     ],
 )
-def test_a_shape_that_does_not_match_is_refused(name, shape):
-    refused({**vit_checkpoint(16), name: torch.zeros(shape)}, f"size mismatch for {name}")
+def test_a_parameter_of_another_shape_is_refused(name, shape, sizes):
+    vit = {**vit_checkpoint(16), name: torch.zeros(shape)}
+    with pytest.raises(RuntimeError, match=f"size mismatch for {re.escape(name)}"):
+        unetr.load_vit(unetr.ViT(small(num_layers=4, **sizes)), vit)
 
 
-def test_a_name_that_does_not_match_is_reported():
-    vit = vit_checkpoint(16)
-    vit["blocks.0.attn.query.weight"] = vit.pop("blocks.0.attn.qkv.weight")
-    del vit["pos_embed"], vit["patch_embed.proj.weight"]
-    result = unetr.UNETR(small(num_layers=4)).encoder.load_state_dict(vit, strict=False)
-    missing = {"blocks.0.attn.qkv.weight", "pos_embed", "patch_embed.proj.weight"}
-    assert set(result.missing_keys) == missing
-    assert "blocks.0.attn.query.weight" in result.unexpected_keys
+# Other image sizes than the configured one
+
+
+def test_positions_are_resized_for_an_image_of_another_size():
+    model = trained(image_size=(64, 96)).eval()
+    nn.init.normal_(model.encoder.pos_embed)
+    same = unetr.UNETR(small(image_size=(96, 32))).eval()
+    positions = resized(model.encoder.pos_embed.detach(), same.config.grid)
+    same.load_state_dict({**model.state_dict(), "encoder.pos_embed": positions})
+    image = torch.rand(1, 3, 96, 32)
+    torch.testing.assert_close(model(image), same(image))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from compare_training import HELD_OUT, TRAIN, build_unetr, evaluate, load_slices, train
+from compare_training import CONFIG, HELD_OUT, TRAIN, evaluate, load_slices, train
+from conftest import unetr
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_held_out_slices_are_separated_from_training_slices():
 
 def test_unetr_learns_gray_matter(one_thread):
     torch.manual_seed(0)
-    model = build_unetr()
+    model = unetr.UNETR(CONFIG)
     untrained = evaluate(model)
     train(model, steps=150, seed=0)
     trained = evaluate(model)

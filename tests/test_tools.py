@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import onnxruntime
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,17 +38,19 @@ def report(what, ours, theirs, tolerance):
     assert largest <= tolerance
 
 
-def test_compile_in_one_graph(device):
+def test_compiled_prediction_at_two_image_sizes(device):
+    """With gradients enabled: what one gets from torch.compile(model) without further thought."""
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("on the CPU, torch.compile requires a C++ compiler")
     if device.type == "mps":
         pytest.skip("MPS has no double precision, without which rounding can switch a ReLU")
-    config = small(patch_size=4, image_size=16, num_layers=2)  # two stages: quicker to compile
-    model, x = unetr.UNETR(config).to(device).double(), image(device, size=(16, 16)).double()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
-    torch.testing.assert_close(backward(compiled, x), backward(model, x), atol=1e-9, rtol=1e-6)
-    with torch.inference_mode():
-        report(f"compiled, {device}", [compiled.eval()(x)], [model.eval()(x)], 1e-11)
+    config = small(patch_size=2, image_size=8, num_layers=1)  # one stage: quicker to compile
+    model = unetr.UNETR(config).to(device).double().eval()
+    nn.init.normal_(model.encoder.pos_embed)
+    compiled = torch.compile(model)
+    for size in ((8, 8), (12, 6)):
+        x = image(device, size=size).double()
+        report(f"compiled, {size}, {device}", [compiled(x)], [model(x)], 1e-11)
 
 
 def test_export_with_a_dynamic_batch_and_back(device):
@@ -63,8 +64,13 @@ def test_export_with_a_dynamic_batch_and_back(device):
     report(f"exported and restored, {device}", map(restored, batches), map(model, batches), 1e-5)
 
 
+@pytest.fixture
+def onnxruntime():
+    return pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel for Python 3.15")
+
+
 @pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
-def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path):
+def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path, onnxruntime):
     model, file = build().eval(), tmp_path / "unetr.onnx"
     dynamic = {"image": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (image(),), file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
@@ -75,7 +81,7 @@ def test_onnx_export_gives_the_same_in_onnxruntime(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
-def test_onnx_export_at_another_size_than_configured_is_right_at_every_size(tmp_path):
+def test_onnx_export_at_another_size_than_configured_is_right_at_every_size(tmp_path, onnxruntime):
     model, file = build().eval(), tmp_path / "unetr.onnx"  # configured for 64 x 64
     nn.init.normal_(model.encoder.pos_embed)
     rows, columns = (torch.export.Dim(name, max=64) for name in ("rows", "columns"))
