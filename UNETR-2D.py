@@ -1,6 +1,6 @@
 """2D UNETR [1]: image segmentation with a Vision Transformer [2] encoder and a CNN decoder.
 
-The network at its defaults, as in Figure 2, with the output shapes for an image (3, 256, 256):
+The network at its defaults, as in Figure 2 of [1] but in 2D, with the output shapes for an image (3, 256, 256):
 
     orange = conv 3x3, batch norm, ReLU         green = transposed conv 2x2, stride 2
     blue   = green, then orange                 grey  = conv 1x1
@@ -16,13 +16,14 @@ The network at its defaults, as in Figure 2, with the output shapes for an image
 z3 is the output of layer 3 as a feature map, and so on. x is the previous row's output. Every block
 in a row outputs the number of channels shown on the right; cat concatenates along the channels.
 
-Run it:    python UNETR-2D.py [image] [options]    plots an image beside the network's output
+Run it:    python UNETR-2D.py [image] [options]    prints the shapes of all blocks, and plots an
+           image beside the output of the network (untrained unless given --weights)
 Call it:   cp UNETR-2D.py unetr_2d.py              a module name cannot contain a hyphen; then:
            from unetr_2d import UNETR, UNETRConfig
            model = UNETR(UNETRConfig(out_channels=4)).eval()  # (B, 3, H, W) -> (B, 4, H, W)
 Keep it:   save_checkpoint(model, "unetr.pt"); model = load_checkpoint("unetr.pt")
 
-[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (all equations and figures)
+[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (numbers of equations and figures)
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT)
 [3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852 (initialization)
 
@@ -227,7 +228,7 @@ class ViT(nn.Module):
             z = block(z)
             if layer in self.config.tapped_layers:
                 feature_map = z.transpose(1, 2).unflatten(2, grid)  # (B, K, H/P, W/P)
-                # Without a copy, its strides would be those of channels-last.
+                # Without a copy, it has the strides of channels-last, which slow down the decoder.
                 feature_maps.append(feature_map.contiguous())
         return feature_maps  # no final norm: the decoder gets the residual stream as it is
 
@@ -347,9 +348,10 @@ def initialize(model: UNETR) -> None:
             std = math.sqrt(2 / module.weight[0].numel())
         elif isinstance(module, nn.ConvTranspose2d):
             std = 1 / math.sqrt(module.in_channels)
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+            continue
         else:
-            if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
-                module.reset_parameters()
             continue
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
@@ -366,36 +368,38 @@ class CheckpointError(ValueError):
 def save_checkpoint(model: UNETR, path: str | Path) -> None:
     """Save a network and its configuration for later use: {"config": ..., "state_dict": ...}.
 
-    The state of a training, such as that of the optimizer, is not part of it. Raises TypeError for
-    what wraps a network, such as the result of torch.compile: pass the network itself.
+    Training state, such as the optimizer's, is not saved. Raises TypeError for a wrapped network,
+    such as the result of torch.compile: pass the network itself.
     """
     if not isinstance(model, UNETR):
         raise TypeError(f"model must be a UNETR, got {type(model).__name__}")
     config = asdict(model.config)
     for name, value in config.items():
-        plain = np.asarray(value).tolist()  # Python's numbers, for weights_only=True
+        plain = np.asarray(value).tolist()  # NumPy's numbers would not load again
         config[name] = tuple(plain) if isinstance(plain, list) else plain
     torch.save({"config": config, "state_dict": model.state_dict()}, path)
 
 
 def load_checkpoint(path: str | Path) -> UNETR:
-    """Load a network that save_checkpoint saved: on the CPU and in eval mode.
+    """Load a network saved by save_checkpoint, on the CPU and in eval mode.
 
-    Call .train() on it to go on training. Raises CheckpointError, a ValueError, if the file was not
+    Call .train() on it to continue training. Raises CheckpointError, a ValueError, if the file was not
     written by save_checkpoint or is damaged; OSError if it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # reading a damaged file raises almost any type
-            raise CheckpointError(f"{path} is not a readable file of save_checkpoint") from error
+            raise CheckpointError(f"{path} is not a readable checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} must contain config and state_dict, as of save_checkpoint")
+        raise CheckpointError(
+            f"{path} must contain config and state_dict, as written by save_checkpoint"
+        )
 
     try:
         config = UNETRConfig(**checkpoint["config"])
         missing = asdict(config).keys() - checkpoint["config"].keys()
-        if missing:
+        if missing:  # today's defaults would take their place
             raise ValueError(f"missing {', '.join(sorted(missing))}")
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has an invalid configuration: {error}") from error
@@ -416,13 +420,13 @@ def load_vit(encoder: ViT, state_dict: dict[str, Tensor]) -> None:
     (1, tokens, K), is taken as a square grid and resized. The prefix tokens (class, distillation
     and register) and what follows the last layer have no place in the encoder and are left out.
 
-    Raises ValueError if the positions do not form exactly one square grid after the prefix tokens;
+    Raises ValueError if the positions cannot be read as a square grid, or in more than one way;
     RuntimeError, from a strict load_state_dict, for a parameter that is missing, of another shape,
     or not part of the encoder. After an error, the encoder can be partly overwritten.
 
-    What no name or shape reveals is wrong without an error: the number of heads, the kind of GELU
-    (here the exact one), where the norms are (here pre-norm), a grid that was not square but has a
-    square number of positions, and how images must be normalized.
+    Differences that no name or shape reveals go undetected: the number of heads, the kind of GELU
+    (exact here), where the norms are (pre-norm here) and their epsilon (1e-6 here), a grid that was
+    not square but has a square number of positions, and how images must be normalized.
     """
     config = encoder.config
     prefix_tokens = 0
@@ -450,7 +454,7 @@ def unflatten_positions(pos_embed: Tensor, prefix_tokens: int) -> Tensor:
     Some ViTs have no positions for these tokens, so up to prefix_tokens are dropped.
     """
     tokens = pos_embed.shape[1]
-    sides = []  # of the grids that fit
+    sides = []  # of the grids that fit; with many prefix tokens, there can be two
     for side in range(1, math.isqrt(tokens) + 1):
         if tokens - side**2 <= prefix_tokens:
             sides.append(side)
@@ -474,7 +478,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     Pillow decodes the first frame, and its EXIF orientation is applied. Grayscale images with more
     than 8 bits per pixel and no alpha keep their precision and are min-max scaled, since a 12-bit
     X-ray in a 16-bit file would be almost black otherwise. All others are reduced to 8 bits per
-    channel, and transparency is composited over black. The aspect ratio is not preserved.
+    channel, and transparent images are composited over black. The aspect ratio is not preserved.
 
     Raises ValueError if C is neither 1 nor 3, if the file is not a readable image, or if a pixel
     is not finite; OSError if the file cannot be opened.
@@ -484,7 +488,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     if C not in (1, 3):
         raise ValueError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {C}")
 
-    # Opened by its name, an uncompressed TIFF is memory-mapped, and scrambled if it is rotated.
+    # Given a path, Pillow memory-maps an uncompressed TIFF, and scrambles it when rotating it.
     with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))  # reads all pixels
@@ -542,17 +546,18 @@ def draw(image: Tensor, logits: Tensor, patch_size: int, title: str) -> plt.Figu
 
 
 def run_and_print(model: UNETR, image: Tensor) -> Tensor:
-    """Run the network, print the shapes of each block as it finishes, and return the logits.
+    """Run the network, print the shapes of its blocks as they finish, and return the logits.
 
-    The input of merge1 is the concatenation of the outputs of up and skip.
+    Of the Transformer layers, only those that feed the decoder are printed, counted from 0. The
+    input of merge1 is the concatenation of the outputs of up and skip.
     """
 
     def print_row(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         blocks = module if type(module) is nn.Sequential else [module]
         names = " ".join(type(block).__name__ for block in blocks)
-        print(f"{name:<20}{tuple(args[0].shape)!s:<20}{tuple(output.shape)!s:<20}{names}")
+        print(f"{name:<19} {tuple(args[0].shape)!s:<20} {tuple(output.shape)!s:<20} {names}")
 
-    print(f"{'module':<20}{'input':<20}{'output':<20}class")
+    print(f"{'module':<19} {'input':<20} {'output':<20} class")
     modules = ["encoder.patch_embed"]
     modules += [f"encoder.blocks.{layer - 1}" for layer in model.config.tapped_layers]
     for i in range(len(model.decoder)):
@@ -579,7 +584,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
-    weights = "file of save_checkpoint, trained on images as load_image returns them"
+    weights = "checkpoint of a network trained on images as load_image returns them"
     parser.add_argument("image", type=Path, nargs="?", default=SAMPLE, help="image file")
     parser.add_argument("--output", type=Path, default="unetr-2d.png", help="figure file")
     parser.add_argument("--weights", type=Path, help=weights)
@@ -604,7 +609,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. A user's mistake ends in SystemExit(2), after a usage line and one sentence."""
+    """The command. A likely mistake ends in SystemExit(2), after the usage and one sentence."""
     parser = build_parser()
     args = parser.parse_args(argv)
     extensions = FigureCanvasBase.get_supported_filetypes()  # without the dot
@@ -617,7 +622,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.weights and name in args:
             parser.error(f"--{name.replace('_', '-')} has no effect with --weights")
 
-    # No network is built in a try: a mistake in its code must end in a traceback.
+    # Only the errors of a file or a value are caught: a bug in the network ends in its traceback.
     if args.weights:
         weights, title = args.weights, "Output"
         try:
@@ -635,9 +640,9 @@ def main(argv: list[str] | None = None) -> None:
         model = UNETR(config)
     try:
         image = load_image(args.image, model.config)
-        inputs = [args.image, args.weights or args.image]
-        if args.output.exists() and any(map(args.output.samefile, inputs)):
-            raise ValueError(f"--output must not be an input file, got {args.output}")
+        for path in (args.image, args.weights):
+            if path and args.output.exists() and args.output.samefile(path):
+                raise ValueError(f"--output must not be an input file, got {args.output}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
