@@ -1,6 +1,6 @@
 """2D UNETR [1]: image segmentation with a Vision Transformer [2] encoder and a CNN decoder.
 
-The network at its defaults, as in Figure 2 of [1] but in 2D, with the output shapes for an image (3, 256, 256):
+The network at its defaults, Figure 2 of [1] in 2D, with output shapes for an image (3, 256, 256):
 
     orange = conv 3x3, batch norm, ReLU         green = transposed conv 2x2, stride 2
     blue   = green, then orange                 grey  = conv 1x1
@@ -383,8 +383,8 @@ def save_checkpoint(model: UNETR, path: str | Path) -> None:
 def load_checkpoint(path: str | Path) -> UNETR:
     """Load a network saved by save_checkpoint, on the CPU and in eval mode.
 
-    Call .train() on it to continue training. Raises CheckpointError, a ValueError, if the file was not
-    written by save_checkpoint or is damaged; OSError if it cannot be opened.
+    Call .train() on it to continue training. Raises CheckpointError, a ValueError, if the file is
+    damaged or was not written by save_checkpoint; OSError if it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
@@ -392,9 +392,8 @@ def load_checkpoint(path: str | Path) -> UNETR:
         except Exception as error:  # reading a damaged file raises almost any type
             raise CheckpointError(f"{path} is not a readable checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
-        raise CheckpointError(
-            f"{path} must contain config and state_dict, as written by save_checkpoint"
-        )
+        rule = "must contain config and state_dict, as written by save_checkpoint"
+        raise CheckpointError(f"{path} {rule}")
 
     try:
         config = UNETRConfig(**checkpoint["config"])
