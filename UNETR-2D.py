@@ -16,14 +16,14 @@ The network at its defaults, Figure 2 of [1] in 2D, with output shapes for an im
 z3 is the output of layer 3 as a feature map, and so on. x is the previous row's output. Every block
 in a row outputs the number of channels shown on the right; cat concatenates along the channels.
 
-Run it:    python UNETR-2D.py [image] [options]    prints the shapes of all blocks, and plots an
-           image beside the output of the network (untrained unless given --weights)
+Run it:    python UNETR-2D.py [image] [options]    prints shapes, and plots an image beside the
+           network's output in unetr-2d.png; the network is untrained unless given --weights
 Call it:   cp UNETR-2D.py unetr_2d.py              a module name cannot contain a hyphen; then:
            from unetr_2d import UNETR, UNETRConfig
            model = UNETR(UNETRConfig(out_channels=4)).eval()  # (B, 3, H, W) -> (B, 4, H, W)
-Keep it:   save_checkpoint(model, "unetr.pt"); model = load_checkpoint("unetr.pt")
+Save it:   save_checkpoint(model, "unetr.pt"); model = load_checkpoint("unetr.pt")
 
-[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (numbers of equations and figures)
+[1] Hatamizadeh et al., "UNETR", https://arxiv.org/abs/2103.10504 (source of equations and figures)
 [2] Dosovitskiy et al., "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT)
 [3] He et al., "Delving Deep into Rectifiers", https://arxiv.org/abs/1502.01852 (initialization)
 
@@ -228,9 +228,9 @@ class ViT(nn.Module):
             z = block(z)
             if layer in self.config.tapped_layers:
                 feature_map = z.transpose(1, 2).unflatten(2, grid)  # (B, K, H/P, W/P)
-                # Without a copy, it has the strides of channels-last, which slow down the decoder.
+                # Without a copy, the strides of channels-last would slow the decoder down.
                 feature_maps.append(feature_map.contiguous())
-        return feature_maps  # no final norm: the decoder gets the residual stream as it is
+        return feature_maps  # no final norm: the decoder gets the output of the last layer as it is
 
 
 # Decoder: the blocks are named after their colors in Figure 2
@@ -413,7 +413,7 @@ def load_checkpoint(path: str | Path) -> UNETR:
 
 
 def load_vit(encoder: ViT, state_dict: dict[str, Tensor]) -> None:
-    """Load the weights of a timm ViT into the encoder.
+    """Load the weights of a timm ViT: load_vit(model.encoder, vit.state_dict()).
 
     The kernel of the patch embedding, (K, C, P, P), is flattened. The position embedding,
     (1, tokens, K), is taken as a square grid and resized. The prefix tokens (class, distillation
@@ -423,9 +423,10 @@ def load_vit(encoder: ViT, state_dict: dict[str, Tensor]) -> None:
     RuntimeError, from a strict load_state_dict, for a parameter that is missing, of another shape,
     or not part of the encoder. After an error, the encoder can be partly overwritten.
 
-    Differences that no name or shape reveals go undetected: the number of heads, the kind of GELU
-    (exact here), where the norms are (pre-norm here) and their epsilon (1e-6 here), a grid that was
-    not square but has a square number of positions, and how images must be normalized.
+    Some differences go undetected, because no name or shape reveals them: the number of heads; the
+    kind of GELU (exact here); where the norms are (pre-norm here) and their epsilon (1e-6 here); a
+    grid that was not square but whose positions, with or without those of prefix tokens, form a
+    square; and how images must be normalized.
     """
     config = encoder.config
     prefix_tokens = 0
@@ -453,7 +454,7 @@ def unflatten_positions(pos_embed: Tensor, prefix_tokens: int) -> Tensor:
     Some ViTs have no positions for these tokens, so up to prefix_tokens are dropped.
     """
     tokens = pos_embed.shape[1]
-    sides = []  # of the grids that fit; with many prefix tokens, there can be two
+    sides = []  # all that fit: a small grid with many prefix tokens can be ambiguous
     for side in range(1, math.isqrt(tokens) + 1):
         if tokens - side**2 <= prefix_tokens:
             sides.append(side)
@@ -501,7 +502,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
         values = (values - values.min()) / (np.ptp(values) or 1)  # 0 if all pixels are equal
         image = Image.fromarray((255 * values).astype(np.float32))
     else:
-        if image.has_transparency_data:  # transparent pixels have colors, which must not show
+        if image.has_transparency_data:  # transparent pixels have colors, too
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("L" if C == 1 else "RGB")
@@ -608,7 +609,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. A likely mistake ends in SystemExit(2), after the usage and one sentence."""
+    """Run the command. A likely mistake ends in SystemExit(2), after usage and one sentence."""
     parser = build_parser()
     args = parser.parse_args(argv)
     extensions = FigureCanvasBase.get_supported_filetypes()  # without the dot
@@ -621,7 +622,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.weights and name in args:
             parser.error(f"--{name.replace('_', '-')} has no effect with --weights")
 
-    # Only the errors of a file or a value are caught: a bug in the network ends in its traceback.
+    # Only these exceptions are caught, so that a bug in the network ends in its traceback.
     if args.weights:
         weights, title = args.weights, "Output"
         try:
