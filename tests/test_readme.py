@@ -100,7 +100,7 @@ def test_picture_of_the_architecture_is_that_of_todays_network():
 
 
 def test_terminal_output_is_that_of_a_run(run):
-    (shown,) = re.findall(r"```\n(104,677,953 .*?)```", README, flags=re.DOTALL)
+    (shown,) = re.findall(r"```\n\.\.\.\n(104,677,953 .*?)```", README, flags=re.DOTALL)
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     pattern = "\n".join(".*" if line == "..." else re.escape(line) for line in lines)
     printed = re.sub(" +", " ", run[0])
