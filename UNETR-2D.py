@@ -484,7 +484,6 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     is not finite; OSError if the file cannot be opened.
     """
     C = config.in_channels
-    height, width = config.size
     if C not in (1, 3):
         raise ValueError(f"in_channels must be 1 (grayscale) or 3 (RGB) for an image file, got {C}")
 
@@ -507,10 +506,10 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("L" if C == 1 else "RGB")
 
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize(config.size[::-1], Image.Resampling.BILINEAR)  # (width, height)
     pixels = np.atleast_3d(np.asarray(image, dtype=np.float32))  # (H, W, 1 or C)
     tensor = torch.from_numpy(pixels / 255).permute(2, 0, 1)
-    return tensor.expand(1, C, height, width).contiguous()  # repeats a single channel
+    return tensor.expand(1, C, *config.size).contiguous()  # repeats a single channel
 
 
 def draw(image: Tensor, logits: Tensor, patch_size: int, title: str) -> plt.Figure:
@@ -548,8 +547,8 @@ def draw(image: Tensor, logits: Tensor, patch_size: int, title: str) -> plt.Figu
 def run_and_print(model: UNETR, image: Tensor) -> Tensor:
     """Run the network, print the shapes of its blocks as they finish, and return the logits.
 
-    Of the Transformer layers, only those that feed the decoder are printed, counted from 0. The
-    input of merge1 is the concatenation of the outputs of up and skip.
+    Of the Transformer layers, only those that feed the decoder are printed; blocks.2 is layer 3.
+    The input of merge1 is the concatenation of the outputs of up and skip.
     """
 
     def print_row(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -565,8 +564,7 @@ def run_and_print(model: UNETR, image: Tensor) -> Tensor:
     modules.append("head")
     hooks = []
     for name in modules:
-        hook = partial(print_row, name)
-        hooks.append(model.get_submodule(name).register_forward_hook(hook))
+        hooks.append(model.get_submodule(name).register_forward_hook(partial(print_row, name)))
     with torch.inference_mode():
         logits = model(image)
     for hook in hooks:
@@ -574,29 +572,27 @@ def run_and_print(model: UNETR, image: Tensor) -> Tensor:
     return logits
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command-line options. Those for an untrained network are set only if they are given."""
+def main(argv: list[str] | None = None) -> None:
+    """Run the command. A likely mistake ends in SystemExit(2), after usage and one sentence."""
     parser = argparse.ArgumentParser(
-        prog="UNETR-2D.py",
         usage="%(prog)s [image] [options]",
         description="Plot an image beside the output of a 2D UNETR.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
-    weights = "checkpoint of a network trained on images as load_image returns them"
     parser.add_argument("image", type=Path, nargs="?", default=SAMPLE, help="image file")
     parser.add_argument("--output", type=Path, default="unetr-2d.png", help="figure file")
-    parser.add_argument("--weights", type=Path, help=weights)
+    parser.add_argument("--weights", type=Path, help="checkpoint trained on images from load_image")
     parser.add_argument("--device", choices=devices, default=devices[0], help="where to run")
     parser.add_argument("--no-show", action="store_true", help="do not open a window")
 
+    # The options below are attributes of args only if they are given.
     network = parser.add_argument_group("untrained network", "not allowed with --weights")
     add = partial(network.add_argument, type=int, default=argparse.SUPPRESS)
     default = UNETRConfig()
-    size = "in pixels (default: {} {})".format(*default.size)
     add("--seed", help=f"random seed for the weights (default: {SEED})")
-    add("--image-size", nargs=2, metavar=("H", "W"), help=size)
+    add("--image-size", nargs=2, metavar=("H", "W"), help=f"in pixels (default: {default.size})")
     add("--patch-size", help=f"P in pixels, a power of two (default: {default.patch_size})")
     add("--in-channels", help=f"C: 1 for grayscale, 3 for RGB (default: {default.in_channels})")
     add("--out-channels", help=f"1, or one per class (default: {default.out_channels})")
@@ -605,22 +601,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-heads", help=f"attention heads per layer (default: {default.num_heads})")
     add("--mlp-dim", help=f"hidden units of each MLP (default: {default.mlp_dim})")
     add("--feature-size", help=f"channels at full resolution (default: {default.feature_size})")
-    return parser
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command. A likely mistake ends in SystemExit(2), after usage and one sentence."""
-    parser = build_parser()
     args = parser.parse_args(argv)
     extensions = FigureCanvasBase.get_supported_filetypes()  # without the dot
     if args.output.suffix.lower().lstrip(".") not in extensions:
         parser.error(f"--output must end in .{', .'.join(extensions)}, got {args.output}")
     if not args.output.parent.is_dir():
         parser.error(f"--output must be in an existing folder, got {args.output}")
-    settings = {name: value for name, value in vars(args).items() if name in asdict(UNETRConfig())}
-    for name in ("seed", *settings):
-        if args.weights and name in args:
-            parser.error(f"--{name.replace('_', '-')} has no effect with --weights")
+    untrained = {name: getattr(args, name) for name in ("seed", *asdict(default)) if name in args}
+    if args.weights and untrained:
+        parser.error(f"not allowed with --weights: {', '.join(untrained)}")
 
     # Only these exceptions are caught, so that a bug in the network ends in its traceback.
     if args.weights:
@@ -630,21 +620,21 @@ def main(argv: list[str] | None = None) -> None:
         except (CheckpointError, OSError) as error:
             parser.error(str(error))
     else:
-        seed = getattr(args, "seed", SEED)
+        seed = untrained.pop("seed", SEED)
         weights, title = f"untrained, seed {seed}", "Output of an untrained network: meaningless"
         try:
-            config = UNETRConfig(**settings)
+            config = UNETRConfig(**untrained)
         except ValueError as error:
             parser.error(str(error))
         torch.manual_seed(seed)
         model = UNETR(config)
     try:
         image = load_image(args.image, model.config)
-        for path in (args.image, args.weights):
-            if path and args.output.exists() and args.output.samefile(path):
-                raise ValueError(f"--output must not be an input file, got {args.output}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    for path in (args.image, args.weights):
+        if path and args.output.exists() and args.output.samefile(path):
+            parser.error(f"--output must not be an input file, got {args.output}")
 
     model.to(args.device).eval()
     print(model.config)

@@ -128,14 +128,14 @@ def draw_slice(axes: dict[str, plt.Axes], predictions: Tensor) -> None:
     images, references = load_slices("t1")[HELD_OUT], load_slices("gm")[HELD_OUT]
     scores = [dice(*masks) for masks in zip(predictions, references, strict=True)]
     i = np.argsort(scores)[len(scores) // 2]
-    slices = [x[i, 0, 8:104, 8:88].numpy() for x in (images, references, predictions)]
+    slices = (x[i, 0, 8:104, 8:88].numpy() for x in (images, references, predictions))
+    image, reference, prediction = slices
     titles = ["Held-out slice", "Reference mask", f"Prediction, Dice {scores[i]:.3f}"]
-    for name, panel, title in zip("ABC", [slices[0], slices[1], slices[0]], titles, strict=True):
+    for name, panel, title in zip("ABC", [image, reference, image], titles, strict=True):
         axes[name].imshow(panel, cmap="gray")
         axes[name].set_title(title)
         axes[name].set_axis_off()
 
-    _, reference, prediction = slices
     patches = []
     for label, mask, color in [
         ("true positive", prediction * reference, (1.0, 0.85, 0.2, 0.4)),
@@ -155,15 +155,11 @@ def draw_curves(axis: plt.Axes, steps: int, scores: np.ndarray) -> None:
         low, mean, high = scores[i].min(0), scores[i].mean(0), scores[i].max(0)
         axis.fill_between(x, low, high, color=COLORS[i], alpha=0.15, linewidth=0)
         axis.plot(x, mean, color=COLORS[i])
-        axis.annotate(
-            list(MODELS)[i].replace(", ", ",\n"),
-            xy=(steps, mean[-1]),
-            xytext=(1.06, 0.96 - 0.12 * rank),  # the ends of the curves may coincide
-            textcoords=axis.transAxes,
-            va="center",
-            color=COLORS[i],
-            arrowprops=dict(arrowstyle="-", color=COLORS[i], relpos=(0, 0.5)),
-        )
+        label = list(MODELS)[i].replace(", ", ",\n")
+        position = (1.06, 0.96 - 0.12 * rank)  # the ends of the curves may coincide
+        place = dict(xytext=position, textcoords=axis.transAxes, va="center", color=COLORS[i])
+        line = dict(arrowstyle="-", color=COLORS[i], relpos=(0, 0.5))
+        axis.annotate(label, (steps, mean[-1]), arrowprops=line, **place)
     title = f"Dice on held-out slices: mean and range of {scores.shape[1]} seeds"
     axis.set(title=title, xlabel="training step", xlim=(0, steps), ylim=(0, 1))
     axis.grid(alpha=0.3)

@@ -1,7 +1,8 @@
-"""Shared by all tests: the script as a module, and a small configuration."""
+"""Shared by all tests: the script as a module, a small configuration, and the README's programs."""
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,11 +16,22 @@ plt.switch_backend("agg")
 sys.path.insert(0, str(ROOT))
 unetr = importlib.import_module("UNETR-2D")
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = dict(image_size=64, hidden_dim=24, num_layers=5, num_heads=3, mlp_dim=40, feature_size=4)
 
 
 def small(**sizes):
     return unetr.UNETRConfig(**{**SMALL, **sizes})
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def readme_program(marker):
+    """The only program in the README that contains the marker."""
+    (program,) = [program for program in readme_blocks("python") if marker in program]
+    return program
 
 
 def largest_difference(ours, theirs):
@@ -66,6 +78,16 @@ def vit_checkpoint(positions, prefix=(), dim=24, mlp=40, layers=4):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Several would make a small network slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])

@@ -37,11 +37,8 @@ def save(image: Image.Image, path: Path, title: str) -> None:
 if __name__ == "__main__":
     sample = axial_slice("t1", 20).resize((296, 350), Image.Resampling.BICUBIC)
     sample = ImageOps.pad(sample, (350, 350))  # black margins left and right
-    save(
-        sample,
-        TESTS.parent / "sample.png",
-        TITLE.format("T1 template, skull-stripped", "slice at z = +20 mm"),
-    )
+    title = TITLE.format("T1 template, skull-stripped", "slice at z = +20 mm")
+    save(sample, TESTS.parent / "sample.png", title)
 
     # 48 slices, 8 in a row, each 192 x 224 mm in pixels of 2 mm
     for kind, name in (("t1", "T1 template"), ("gm", "gray matter map > 0.5")):
@@ -51,8 +48,5 @@ if __name__ == "__main__":
             sheet.paste(cropped, (i % 8 * 96, i // 8 * 112))
         if kind == "gm":
             sheet = sheet.point(lambda value: 255 * (value > 127.5)).convert("1")
-        save(
-            sheet,
-            TESTS / f"data/{kind}.png",
-            TITLE.format(name, "slices from z = -30 mm up to 64 mm, every 2 mm"),
-        )
+        title = TITLE.format(name, "slices from z = -30 mm up to 64 mm, every 2 mm")
+        save(sheet, TESTS / f"data/{kind}.png", title)

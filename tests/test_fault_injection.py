@@ -15,7 +15,7 @@ NETWORK = "test_network_agrees_with_a_second_implementation"
 PATCHES = "test_patches_are_row_major_and_flattened_as_channel_row_column"
 PARAMETERS = "test_defaults_and_parameters"
 GRID = "test_configuration_is_frozen_and_accepts_what_json_gives"
-SILENCE = "test_forward_prints_nothing"
+SILENCE = "test_forward_prints_nothing_and_leaves_the_image_unchanged"
 PREDICTION = "test_the_forward_pass_is_a_prediction"
 COMMAND = "test_it_prints_each_block_and_writes_the_figure_without_a_display"
 TAPPED = "round(self.num_layers * i / self.num_stages)"
@@ -66,7 +66,8 @@ def test_each_fault_is_detected(name, old, new, test, tmp_path):
     source = (ROOT / "UNETR-2D.py").read_text(encoding="utf-8")
     assert source.count(old) == 1
     (tmp_path / "UNETR-2D.py").write_text(source.replace(old, new), encoding="utf-8")
-    shutil.copy(ROOT / "sample.png", tmp_path)
+    for name in ("sample.png", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
     tests = tmp_path / "tests"
     tests.mkdir()
     shutil.copy(ROOT / "tests/conftest.py", tests)

@@ -1,18 +1,8 @@
 """It learns: a small UNETR predicts the gray matter mask of held-out slices."""
 
-import pytest
 import torch
 from compare_training import CONFIG, HELD_OUT, TRAIN, evaluate, load_slices, train
 from conftest import unetr
-
-
-@pytest.fixture
-def one_thread():
-    """As in compare_training.py. Several would make so small a network slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_held_out_slices_are_separated_from_training_slices():

@@ -11,13 +11,10 @@ from conftest import ROOT, small, unetr
 from torch import nn
 
 CONFIGURATIONS = {
-    "square": small(),
     "rectangle": small(image_size=(32, 80)),
     "patch 2": small(patch_size=2, image_size=(8, 12)),
-    "patch 4": small(patch_size=4, image_size=(16, 24)),
-    "patch 8": small(patch_size=8, image_size=(32, 48)),
+    "patch 8": small(patch_size=8, image_size=(32, 48), in_channels=1),
     "patch 32": small(patch_size=32, image_size=(64, 96)),
-    "grayscale": small(in_channels=1),
     "many channels": small(in_channels=7, out_channels=5),
     "as many layers as stages": small(patch_size=4, num_layers=2, image_size=16),
     "dropout": small(dropout_rate=0.1),
@@ -65,7 +62,7 @@ def test_logits_have_the_size_of_the_image_and_every_parameter_gets_a_gradient(c
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (3, 1), (6, 7)])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (6, 3)])
 def test_any_multiple_of_the_patch_size_runs(config, grid):
     height, width = (side * config.patch_size for side in grid)
     model = unetr.UNETR(config).eval()
@@ -76,31 +73,28 @@ def test_any_multiple_of_the_patch_size_runs(config, grid):
     assert all(z.is_contiguous() for z in maps)  # otherwise the decoder takes a third longer
 
 
-def test_forward_prints_nothing(capsys):
-    unetr.UNETR(small())(images(small()))
-    assert capsys.readouterr() == ("", "")
-
-
-def test_forward_leaves_the_image_unchanged():
+def test_forward_prints_nothing_and_leaves_the_image_unchanged(capsys):
     image = images(small()) - 0.5
     before = image.clone()
     unetr.UNETR(small())(image)
-    assert torch.equal(image, before)
+    assert torch.equal(image, before) and not image.requires_grad
+    assert capsys.readouterr() == ("", "")
 
 
-def test_every_stage_skip_and_head_can_be_hooked_and_shows_its_output():
-    model, shapes, expected = unetr.UNETR(small()), {}, {"head": (2, 1, 64, 64)}
-    for i, shape in enumerate([(2, 32, 8, 8), (2, 16, 16, 16), (2, 8, 32, 32), (2, 4, 64, 64)]):
-        for part in ("", ".up", ".skip", ".merge1", ".merge2"):
-            expected[f"decoder.{i}{part}"] = shape
-    for name in expected:
-
-        def record(module, args, output, name=name):
-            shapes[name] = output.shape
-
-        model.get_submodule(name).register_forward_hook(record)
+def test_a_hook_on_a_stage_of_the_decoder_shows_its_output():
+    model, shapes = unetr.UNETR(small()), []
+    for stage in model.decoder:
+        stage.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     model(images(small()))
-    assert shapes == expected
+    assert shapes == [(2, 32, 8, 8), (2, 16, 16, 16), (2, 8, 32, 32), (2, 4, 64, 64)]
+
+
+@pytest.mark.parametrize(
+    "block, factor", [("OrangeBlock", 1), ("GreenBlock", 2), ("BlueBlock", 2), ("GreyBlock", 1)]
+)
+def test_a_block_can_be_used_alone(block, factor):
+    x = torch.randn(2, 3, 5, 7)
+    assert getattr(unetr, block)(3, 4)(x).shape == (2, 4, 5 * factor, 7 * factor)
 
 
 # Dropout
@@ -199,22 +193,12 @@ def test_logits_depend_on_the_encoder_from_the_start():
 
 
 def test_defaults_and_parameters():
-    assert dataclasses.asdict(unetr.UNETRConfig()) == {
-        "image_size": 256,
-        "patch_size": 16,
-        "in_channels": 3,
-        "out_channels": 1,
-        "hidden_dim": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "mlp_dim": 3072,
-        "dropout_rate": 0.0,
-        "feature_size": 64,
-    }
+    assert unetr.UNETRConfig() == unetr.UNETRConfig(256, 16, 3, 1, 768, 12, 12, 3072, 0.0, 64)
     with torch.device("meta"):
-        model = unetr.UNETR()
+        model, deeper = unetr.UNETR(), unetr.UNETR(unetr.UNETRConfig(patch_size=32))
     assert sum(p.numel() for p in model.parameters()) == 104_677_953
     assert model.encoder.pos_embed.shape == (1, 16, 16, 768)
+    assert [stage.up.out_channels for stage in deeper.decoder] == [1024, 512, 256, 128, 64]
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
@@ -237,7 +221,6 @@ def test_configuration_is_frozen_and_accepts_what_json_gives():
         (8, 12, (4, 8, 12)),
         (32, 12, (2, 5, 7, 10, 12)),
         (2, 12, (12,)),
-        (16, 4, (1, 2, 3, 4)),
         (16, 6, (2, 3, 4, 6)),
         (16, 24, (6, 12, 18, 24)),
         (32, 5, (1, 2, 3, 4, 5)),
@@ -248,30 +231,28 @@ def test_tapped_layers_are_evenly_spaced(patch, layers, tapped):
 
 
 COUNTS = ["in_channels", "out_channels", "hidden_dim", "num_layers", "num_heads", "mlp_dim"]
-COUNTS += ["feature_size"]
-OBLONG = [(256, 7), (250, 256), (0, 64), (64, -64), (64, 64, 64), [64]]
-INVALID = [
-    *[(name, value, {}) for name in COUNTS for value in (0, -4)],
-    *[("patch_size", value, {}) for value in (12, 1, 0, -16)],
-    *[("image_size", side, {}) for side in (250, 8, 0, -16)],
-    *[("image_size", sides, {}) for sides in OBLONG],
-    ("hidden_dim", 768, {"num_heads": 7}),
-    ("num_layers", 4, {"patch_size": 32}),
+RULES = [  # the values, and the rule that the message states
+    *[({name: value}, "at least 1") for name in [*COUNTS, "feature_size"] for value in (0, -4)],
+    *[({"patch_size": value}, "a power of two of at least 2") for value in (12, 1, 0, -16)],
+    *[({"image_size": side}, "multiples of patch_size 16") for side in (250, 8, 0, -16)],
+    *[
+        ({"image_size": sides}, "H or (H, W), positive multiples of patch_size 16")
+        for sides in [(256, 7), (250, 256), (0, 64), (64, -64), (64, 64, 64), [64]]
+    ],
+    ({"hidden_dim": 768, "num_heads": 7}, "a multiple of num_heads 7"),
+    ({"num_layers": 4, "patch_size": 32}, "at least 5 for patch_size 32"),
 ]
 
 
-@pytest.mark.parametrize("name, value, others", INVALID)
-def test_an_invalid_value_is_refused_with_its_name_and_the_value(name, value, others):
+@pytest.mark.parametrize("values, rule", RULES)
+def test_an_invalid_value_is_refused_with_its_name_the_rule_and_the_value(values, rule):
     with pytest.raises(ValueError) as error:
-        unetr.UNETRConfig(**{name: value}, **others)
-    for part in (name, value, *others, *others.values()):
-        assert str(part) in str(error.value)
-
-
-def test_a_message_states_the_rule():
-    with pytest.raises(ValueError) as error:
-        unetr.UNETRConfig(patch_size=12)
-    assert str(error.value) == "patch_size must be a power of two of at least 2, got 12"
+        unetr.UNETRConfig(**values)
+    name, value = next(iter(values.items()))
+    message = str(error.value)
+    assert message.startswith(f"{name} must be ")
+    assert rule in message
+    assert message.endswith(f", got {value}")
 
 
 def test_a_dropout_rate_above_one_is_refused():
@@ -282,8 +263,7 @@ def test_a_dropout_rate_above_one_is_refused():
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(image_size=16),
-        dict(patch_size=2),
+        dict(image_size=16, patch_size=2),
         dict(patch_size=32, num_layers=5),
         dict(in_channels=1, num_heads=1, feature_size=1, mlp_dim=1, hidden_dim=1),
     ],
@@ -294,26 +274,10 @@ def test_the_bounds_themselves_are_valid(sizes):
 
 @pytest.mark.parametrize(
     "shape",
-    [
-        (3, 64, 64),
-        (1, 1, 64, 64),
-        (1, 3, 64, 65),
-        (1, 3, 65, 64),
-        (1, 3, 0, 64),
-        (1, 3, 64, 0),
-        (1, 3, 64, 64, 64),
-    ],
+    [(3, 64, 64), (1, 1, 64, 64), (1, 3, 65, 64), (1, 3, 64, 0), (1, 3, 64, 64, 64)],
 )
 def test_a_wrong_image_shape_is_refused_with_both_shapes(shape):
     with pytest.raises(ValueError) as error:
         unetr.UNETR(small())(torch.zeros(shape))
     for part in (shape, "(B, 3, H, W)", 16):
         assert str(part) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "block, factor", [("OrangeBlock", 1), ("GreenBlock", 2), ("BlueBlock", 2), ("GreyBlock", 1)]
-)
-def test_a_block_can_be_used_alone(block, factor):
-    x = torch.randn(2, 3, 5, 7)
-    assert getattr(unetr, block)(3, 4)(x).shape == (2, 4, 5 * factor, 7 * factor)

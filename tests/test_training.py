@@ -10,18 +10,12 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, unetr
+from conftest import README, ROOT, readme_blocks, readme_program, unetr
 from PIL import Image
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: stored turned by 90 degrees
-
-
-def block(marker):
-    programs = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (program,) = [program for program in programs if marker in program]
-    return program
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def replaced(program, pattern, new):
@@ -30,15 +24,16 @@ def replaced(program, pattern, new):
     return program
 
 
-PREPARE, PREDICT = block("sheet.crop("), block('load_checkpoint("weights.pt")')
-TRAIN, MULTICLASS = block('save_checkpoint(model, "weights.pt")'), block("import cross_entropy\n")
+PREPARE, PREDICT = readme_program("sheet.crop("), readme_program("load_checkpoint(")
+TRAIN = readme_program('save_checkpoint(model, "weights.pt")')
+MULTICLASS = readme_program("import cross_entropy\n")
 SHORT = replaced(TRAIN, r"range\(1, 11\)", "range(1, 2)")
 SHORT = replaced(SHORT, "^num_held_out = 8", "num_held_out = 2")
 SHORT = replaced(SHORT, "hidden_dim=96, num_heads=4, mlp_dim=192", "hidden_dim=4, num_heads=2")
 
 
 def multiclass(program):
-    """Apply MULTICLASS as its comment says: its lines and its function replace the old ones."""
+    """Apply MULTICLASS: its function and its lines replace those that begin in the same way."""
     for statement in ast.parse(MULTICLASS).body:
         new = ast.get_source_segment(MULTICLASS, statement).splitlines()
         start = re.match(r'def \w+|from [\w.]+|\w+ =|print\(f"epoch', new[0]).group()
@@ -57,16 +52,6 @@ class Perfect(unetr.UNETR):
         classes = torch.arange(max(self.config.out_channels, 2)).reshape(1, -1, 1, 1)
         logits = -((2.55 * image - classes) ** 2) + 0 * self.head.weight.sum()
         return logits if self.config.out_channels > 1 else logits[:, 1:] - logits[:, :1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Several would make so small a network slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -122,6 +107,7 @@ ENCODINGS = [
     (bands("P", BLACK, RED, BLUE), "{}.png", {}),
     (bands("P", BLACK, RED, BLUE), "{}.gif", {}),
     (bands("P", WHITE, RED, BLUE), "{}.png", {"transparency": 0}),
+    (lambda classes: bands("P", RED, BLUE, BLACK)(2 - classes), "{}.png", {}),
     (bands("RGB", BLACK, RED, BLUE), "{}.bmp", {}),
     (bands("RGBA", (0, 0, 0, 0), (*RED, 1), (*BLUE, 255)), "{}.png", {}),
     (bands("RGBA", (*WHITE, 0), (*RED, 255), (*BLUE, 1)), "{}.tif", {}),
@@ -142,10 +128,21 @@ def test_every_encoding_of_a_mask_trains_the_same_network(run, tmp_path):
             assert np.array_equal(mask[0], rectangles(i) > 0), (name, encode(rectangles(i)).mode)
         outputs.add(printed)
     (lines,) = outputs
-    assert re.search(
-        r"^3 training images, 2 held out, \d.*% foreground\nepoch 1: loss .*, Dice .* \d\.\d\d$",
-        lines,
+    share = np.mean([rectangles(i) > 0 for i in range(3)])
+    assert lines.startswith(
+        f"3 training images, 2 held out, {share:.2%} foreground\nepoch 1: loss "
     )
+    assert re.search(r"epoch 1: loss \d\.\d\d, Dice on held-out images \d\.\d\d\n$", lines)
+
+
+def test_the_weights_of_the_last_epoch_are_saved(run, tmp_path):
+    write(tmp_path)
+    names, _ = run(
+        replaced(SHORT, r"range\(1, 2\)", "range(1, 4)"), Perfect
+    )  # the first is as good
+    saved = unetr.load_checkpoint("weights.pt").state_dict()
+    for name, tensor in names["model"].state_dict().items():
+        assert torch.equal(saved[name], tensor), name
 
 
 @pytest.mark.parametrize("name", ["{}.png", "{}.tif"])
@@ -167,6 +164,9 @@ def test_hidden_and_other_files_are_ignored_and_extensions_may_differ(run, tmp_p
     write(tmp_path)
     (tmp_path / "images/0.png").rename(tmp_path / "images/0.PNG")
     (tmp_path / "masks/1.png").rename(tmp_path / "masks/1.TIF")
+    for kind in ("images", "masks"):
+        for old, new in (("2", "a.2"), ("3", "a.3")):
+            (tmp_path / kind / f"{old}.png").rename(tmp_path / kind / f"{new}.png")
     for name in ("images/.DS_Store", "images/._0.png", "masks/._0.png", "images/Thumbs.db"):
         (tmp_path / name).write_bytes(b"no image")
     assert run(SHORT)[1].startswith("3 training images, ")
@@ -221,43 +221,57 @@ def test_several_classes(run, tmp_path, encode):
     one_more = replaced(program, "out_channels=3", "out_channels=4")  # absent everywhere
     assert run(one_more, Perfect)[1].endswith("Dice of each class 1.00 1.00 1.00 1.00\n")
     assert re.search(r"class( \d\.\d\d){3}\n$", run(program)[1])
+
+    predict = replaced(PREDICT, "images/44", "images/3")
+    names, _ = run(replaced(predict, r"(mask = ).*several classes: ", r"\1"))
+    predicted = np.asarray(Image.open("prediction.png"))
+    with torch.inference_mode():
+        logits = names["model"](unetr.load_image("images/3.png", names["model"].config))
+    assert np.array_equal(predicted, logits[0].argmax(dim=0))
+
     for mode, color, words in (("L", 3, "below 3, got 3"), ("RGB", 0, "mode RGB")):
         Image.new(mode, (96, 112), color).save(tmp_path / "masks/4.png")
         with pytest.raises(SystemExit, match=f"masks/4.png must .*{words}"):
             run(program)
 
 
-def test_the_programs_run_one_after_the_other_as_printed(tmp_path):
-    def python(program, status=0):
-        command = [sys.executable, "-c", program]
+def test_the_programs_run_one_after_the_other_as_printed_and_learn_as_stated(tmp_path):
+    def python(*arguments, status=0):
+        command = [sys.executable, *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
-        return done
+        return done.stdout if status == 0 else done.stderr
+
+    def assert_predicted(width, height):
+        python("-c", PREDICT)
+        model = unetr.load_checkpoint(tmp_path / "weights.pt")
+        with torch.inference_mode():
+            logits = model(unetr.load_image(image, model.config))[0, 0].numpy()
+        resized = Image.fromarray(logits).resize((width, height), Image.Resampling.BILINEAR)
+        predicted = np.asarray(Image.open(tmp_path / "prediction.png"))
+        assert predicted.shape == (height, width)
+        assert (predicted == np.where(np.asarray(resized) > 0, 255, 0)).mean() > 0.999
 
     shutil.copy(ROOT / "UNETR-2D.py", tmp_path / "unetr_2d.py")
     shutil.copytree(ROOT / "tests/data", tmp_path / "tests/data")
-    python(PREPARE)
+    python("-c", PREPARE)
     image, mask = tmp_path / "images/44.png", tmp_path / "masks/44.png"
     png = mask.read_bytes()
     mask.write_bytes(png[:60])
-    stopped = python(TRAIN, status=1)
-    assert "epoch" not in stopped.stdout
-    assert re.fullmatch("masks/44.png is not a readable image: .*\n", stopped.stderr)
-
+    sentence = python("-c", TRAIN, status=1)
+    assert re.fullmatch("masks/44.png is not a readable image: .*\n", sentence)
     mask.write_bytes(png)
-    python(replaced(TRAIN, r"range\(1, 11\)", "range(1, 3)"))
-    python(PREDICT)
-    predicted = np.asarray(Image.open(tmp_path / "prediction.png"))
-    model = unetr.load_checkpoint(tmp_path / "weights.pt")
-    with torch.inference_mode():
-        logits = model(unetr.load_image(image, model.config))
-    assert np.array_equal(predicted, np.where(logits[0, 0] > 0, 255, 0))
-    assert predicted.any()
+
+    *_, last = python("-c", TRAIN).splitlines()
+    loss, score = map(float, re.search(r"^epoch 10: loss (.*), Dice .* (.*)$", last).groups())
+    stated = re.search(r"last batch falls to ([\d.]+), and the Dice .* rises to ([\d.]+)\.", README)
+    assert loss == pytest.approx(float(stated[1]), abs=0.06)  # processors round differently
+    assert score == pytest.approx(float(stated[2]), abs=0.04)
+
+    assert_predicted(96, 112)
+    (command,) = [command for command in readme_blocks("sh") if "--weights" in command]
+    assert "weights: weights.pt" in python(*command.split()[1:], "--no-show")
 
     large = Image.open(image).resize((192, 224))
     large.transpose(Image.Transpose.ROTATE_90).save(image, exif=TURNED)
-    python(PREDICT)
-    upright = np.asarray(Image.open(tmp_path / "prediction.png"))
-    assert upright.shape == (224, 192)
-    assert np.unique(upright).tolist() == [0, 255]
-    assert (upright[::2, ::2] == predicted).mean() > 0.9
+    assert_predicted(192, 224)
