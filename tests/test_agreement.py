@@ -161,7 +161,7 @@ class SecondImplementation:
                 skip_input = self.orange(self.green(skip_input, f"{skip}.0"), f"{skip}.1")
             else:
                 skip_input = self.orange(skip_input, skip)
-        x = torch.cat([self.green(x, f"{name}.up"), skip_input], dim=1)
+        x = torch.cat([self.green(x, f"{name}.up"), skip_input], dim=1)  # up first, then skip
         return self.orange(self.orange(x, f"{name}.merge1"), f"{name}.merge2")
 
     def decode(self, image, *z):

@@ -99,7 +99,7 @@ def bad_checkpoints():
         "empty": (b"", unreadable),
         "text": (b"text" * 99, unreadable),
         "damaged": (b"\x80\x02h\x00.", unreadable),  # not UnpicklingError nor RuntimeError
-        "object": (Executed(), unreadable),
+        "malicious pickle": (Executed(), unreadable),
         "list": ([1], entries),
         "state_dict": (state, entries),
         "no config": ({"state_dict": state, "epoch": 3}, entries),
@@ -120,7 +120,7 @@ def bad_checkpoints():
 
 @pytest.mark.parametrize("kind", bad_checkpoints())
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about pickles
-def test_any_other_file_is_refused_with_the_reason(kind, tmp_path, monkeypatch):
+def test_any_other_file_is_refused_with_the_reason_and_not_executed(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, reason = bad_checkpoints()[kind]
     if isinstance(content, bytes):

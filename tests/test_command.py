@@ -1,4 +1,4 @@
-"""The command: what it prints and writes; every likely mistake ends in one sentence."""
+"""The command: what it prints and writes; mistakes end in one sentence, bugs in a traceback."""
 
 import os
 import re

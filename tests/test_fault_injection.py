@@ -46,6 +46,8 @@ FAULTS = [  # what is wrong, the text in the script, what replaces it, the test 
      "self.norm2(z + self.dropout(self.mlp(z)))", ENCODER),
     ("layers counted from 0", TAPPED, f"min(1 + {TAPPED}, self.num_layers)", NETWORK),
     ("skip connections in the wrong order", "*reversed(feature_maps)", "*feature_maps", NETWORK),
+    ("skip connection concatenated first", "[self.up(x), self.skip(skip_input)]",
+     "[self.skip(skip_input), self.up(x)]", NETWORK),
     ("layer norm on z12", "self.encoder(image)  #",
      "self.encoder(image); x = F.layer_norm(x.mT, x.shape[2:3]).mT  #", NETWORK),
     ("dropout active during inference", "model.to(args.device).eval()", "model.to(args.device)",

@@ -110,6 +110,7 @@ UPRIGHT = {  # orientation: from stored to upright
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
 def test_exif_orientation_of_a_tiff_is_undone(saved, orientation, mode, compression):
+    """Also if it is raw, that is uncompressed: opened by its path, Pillow would scramble it."""
     values = np.arange(96 * 32).reshape(96, 32)
     sixteen_bits = Image.fromarray(values.astype(np.uint16))
     image = sixteen_bits if mode == "I;16" else gray(values % 251).convert(mode)

@@ -63,7 +63,7 @@ def test_logits_have_the_size_of_the_image_and_every_parameter_gets_a_gradient(c
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 5), (6, 3)])
-def test_any_multiple_of_the_patch_size_runs(config, grid):
+def test_any_multiple_of_the_patch_size_runs_with_contiguous_feature_maps(config, grid):
     height, width = (side * config.patch_size for side in grid)
     model = unetr.UNETR(config).eval()
     image = torch.rand(1, config.in_channels, height, width)
@@ -147,7 +147,7 @@ def test_there_is_no_dropout_in_decoder_or_prediction():
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_initialization(again):
+def test_initialization_also_of_norms_and_running_statistics(again):
     model = unetr.UNETR(small(hidden_dim=192, mlp_dim=384, image_size=128, feature_size=24))
     if again:
         for tensor in model.state_dict().values():

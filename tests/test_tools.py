@@ -38,7 +38,7 @@ def report(what, ours, theirs, tolerance):
     assert largest <= tolerance
 
 
-def test_compiled_prediction_at_two_image_sizes(device):
+def test_compiled_prediction_at_two_image_sizes_with_gradients_enabled(device):
     """With gradients enabled: what one gets from torch.compile(model) without further thought."""
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("on the CPU, torch.compile requires a C++ compiler")

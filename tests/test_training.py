@@ -173,24 +173,31 @@ def test_hidden_and_other_files_are_ignored_and_extensions_may_differ(run, tmp_p
 
 
 FLAT = [Image.new("L", (96, 112), value) for value in (0, 1)]
-MISTAKES = [  # files that are removed, files that are written, words of the sentence
-    ("masks/4.png", {}, "images/4.png"),
-    ("masks/*", {}, "images/0.png"),
-    ("images/*", {}, "2 of the 0 files in images"),
-    ("images/[2-4].png", {}, "2 of the 2 files in images"),
-    ("", {"masks/4.tif": (FLAT[0], {})}, "masks/4.png and masks/4.tif"),
-    ("", {"images/4.jpg": (FLAT[0], {})}, "images/4.jpg and images/4.png"),
-    ("masks/4.png", {"masks/4.jpg": (FLAT[0], {})}, "masks/4.jpg .* JPEG"),
-    ("", {"masks/4.png": (FLAT[0], {"format": "JPEG"})}, "masks/4.png .* JPEG"),
-    ("", {"masks/4.png": (Image.new("L", (96, 111)), {})}, "masks/4.png .*96, 112.*96, 111"),
-    ("", {"images/4.png": (FLAT[0], {"exif": TURNED})}, "masks/4.png .*112, 96.*96, 112"),
-    ("images/4.png", {"images/4.png": (Image.new("L", (1, 1)), {})}, "masks/4.png .*1, 1"),
-    ("", {f"masks/{i}.png": (FLAT[0], {}) for i in (0, 1, 2)}, "training masks"),
-    ("", {f"masks/{i}.png": (FLAT[1], {}) for i in (0, 1, 2)}, "training masks"),
-]
+MISTAKES = {  # files that are removed, files that are written, words of the sentence
+    "missing mask": ("masks/4.png", {}, "images/4.png"),
+    "no masks": ("masks/*", {}, "images/0.png"),
+    "no images": ("images/*", {}, "2 of the 0 files in images"),
+    "too few images": ("images/[2-4].png", {}, "2 of the 2 files in images"),
+    "two masks": ("", {"masks/4.tif": (FLAT[0], {})}, "masks/4.png and masks/4.tif"),
+    "two images": ("", {"images/4.jpg": (FLAT[0], {})}, "images/4.jpg and images/4.png"),
+    "JPEG": ("masks/4.png", {"masks/4.jpg": (FLAT[0], {})}, "masks/4.jpg .* JPEG"),
+    "renamed JPEG": ("", {"masks/4.png": (FLAT[0], {"format": "JPEG"})}, "masks/4.png .* JPEG"),
+    "mask of another size": (
+        "",
+        {"masks/4.png": (Image.new("L", (96, 111)), {})},
+        r"masks/4.png .*\(96, 112\), got \(96, 111\)",
+    ),
+    "image turned by EXIF": (
+        "",
+        {"images/4.png": (FLAT[0], {"exif": TURNED})},
+        r"masks/4.png .*\(112, 96\), got \(96, 112\)",
+    ),
+    "all black": ("", {f"masks/{i}.png": (FLAT[0], {}) for i in (0, 1, 2)}, "training masks"),
+    "all foreground": ("", {f"masks/{i}.png": (FLAT[1], {}) for i in (0, 1, 2)}, "training masks"),
+}
 
 
-@pytest.mark.parametrize("removed, written, words", MISTAKES)
+@pytest.mark.parametrize("removed, written, words", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_ends_in_a_sentence_before_training(
     run, tmp_path, capsys, removed, written, words
 ):
