@@ -121,10 +121,11 @@ def test_exif_orientation_of_a_tiff_is_undone(saved, orientation, mode, compress
     near(saved(image, config, "image.tif", **options), expected)
 
 
-def test_exif_orientation_of_a_png_is_undone(saved):
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_of_a_png_is_undone(saved, orientation):
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    near(saved(gray(), GRAY, exif=exif), UPRIGHT[6](RAMP) / 255)
+    exif[ORIENTATION] = orientation
+    near(saved(gray(), GRAY, exif=exif), UPRIGHT[orientation](RAMP) / 255)
 
 
 @pytest.mark.parametrize("name", ["image.gif", "image.tif"])
