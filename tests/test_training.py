@@ -182,6 +182,11 @@ MISTAKES = {  # files that are removed, files that are written, words of the sen
     "two images": ("", {"images/4.jpg": (FLAT[0], {})}, "images/4.jpg and images/4.png"),
     "JPEG": ("masks/4.png", {"masks/4.jpg": (FLAT[0], {})}, "masks/4.jpg .* JPEG"),
     "renamed JPEG": ("", {"masks/4.png": (FLAT[0], {"format": "JPEG"})}, "masks/4.png .* JPEG"),
+    "JPEG in TIFF": (
+        "masks/4.png",
+        {"masks/4.tif": (FLAT[0], {"compression": "jpeg"})},
+        "got jpeg",
+    ),
     "mask of another size": (
         "",
         {"masks/4.png": (Image.new("L", (96, 111)), {})},
@@ -271,7 +276,9 @@ def test_the_programs_run_one_after_the_other_as_printed_and_learn_as_stated(tmp
 
     *_, last = python("-c", TRAIN).splitlines()
     loss, score = map(float, re.search(r"^epoch 10: loss (.*), Dice .* (.*)$", last).groups())
-    stated = re.search(r"last batch falls to ([\d.]+), and the Dice .* rises to ([\d.]+)\.", README)
+    stated = re.search(
+        r"last batch falls to about ([\d.]+), and the Dice .* rises to ([\d.]+)\.", README
+    )
     assert loss == pytest.approx(float(stated[1]), abs=0.06)  # processors round differently
     assert score == pytest.approx(float(stated[2]), abs=0.04)
 
