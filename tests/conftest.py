@@ -12,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["MPLBACKEND"] = "agg"  # in this process and in every command that a test starts
+os.environ["OMP_NUM_THREADS"] = "1"  # as well; more would make small networks slower
+torch.set_num_threads(1)
 plt.switch_backend("agg")
 sys.path.insert(0, str(ROOT))
 unetr = importlib.import_module("UNETR-2D")
@@ -78,16 +80,6 @@ def vit_checkpoint(positions, prefix=(), dim=24, mlp=40, layers=4):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Several would make a small network slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that a test starts
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])

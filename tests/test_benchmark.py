@@ -10,8 +10,7 @@ CONFIG = benchmark.UNETRConfig(
 )
 
 
-def test_every_promised_row_is_printed(capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes it starts: faster at toy sizes
+def test_every_promised_row_is_printed(capsys):
     benchmark.measure(CONFIG, sizes=(32,), rounds=2, processes=1, device="cpu")
     networks, others = capsys.readouterr().out.split("\n\n")
     rows = [row.strip("| ").split(" | ") for row in networks.splitlines()]

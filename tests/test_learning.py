@@ -15,7 +15,7 @@ def test_held_out_slices_are_separated_from_training_slices():
     assert masks.unique().tolist() == [0, 1]
 
 
-def test_unetr_learns_gray_matter(one_thread):
+def test_unetr_learns_gray_matter():
     torch.manual_seed(0)
     model = unetr.UNETR(CONFIG)
     untrained = evaluate(model)

@@ -15,7 +15,6 @@ from PIL import Image
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation: stored turned by 90 degrees
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def replaced(program, pattern, new):
