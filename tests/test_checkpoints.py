@@ -93,7 +93,7 @@ def bad_checkpoints():
         return {"config": config, "state_dict": state_dict}
 
     unreadable = "is not a readable checkpoint"
-    entries = "must contain config and state_dict, as written by save_checkpoint"
+    entries = "bad.pt must contain config and state_dict, as written by save_checkpoint."
     invalid = "has an invalid configuration: "
     return {
         "empty": (b"", unreadable),
@@ -129,7 +129,7 @@ def test_any_other_file_is_refused_with_the_reason_and_not_executed(kind, tmp_pa
         torch.save(content, "bad.pt")
     with pytest.raises(ValueError) as error:
         unetr.load_checkpoint("bad.pt")
-    message = str(error.value)
+    message = f"{error.value}."
     assert message.startswith("bad.pt ")
     assert len(message) < 400
     assert reason in message

@@ -263,7 +263,8 @@ def test_a_dropout_rate_above_one_is_refused():
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(image_size=16, patch_size=2),
+        dict(image_size=16),
+        dict(patch_size=2),
         dict(patch_size=32, num_layers=5),
         dict(in_channels=1, num_heads=1, feature_size=1, mlp_dim=1, hidden_dim=1),
     ],
