@@ -30,6 +30,7 @@ def trained(**sizes):
 def test_a_checkpoint_is_the_same_network_in_eval_mode(tmp_path, sizes):
     model = trained(**sizes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (tmp_path / "a.1").write_bytes(b"an older checkpoint")
     unetr.save_checkpoint(model, tmp_path / "a.1")
     assert model.training  # as before
     loaded = unetr.load_checkpoint(str(tmp_path / "a.1"))
@@ -64,6 +65,12 @@ def test_a_checkpoint_of_an_accelerator_is_loaded_to_the_cpu(tmp_path, monkeypat
         unetr.save_checkpoint(unetr.UNETR(small()), tmp_path / "a.pt")
     model = unetr.load_checkpoint(tmp_path / "a.pt")
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+def test_weights_of_any_type_are_loaded_as_float32(tmp_path):
+    unetr.save_checkpoint(unetr.UNETR(small()).bfloat16(), tmp_path / "a.pt")
+    model = unetr.load_checkpoint(tmp_path / "a.pt")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_what_is_no_unetr_is_not_saved(tmp_path):
@@ -101,6 +108,7 @@ def bad_checkpoints():
         "damaged": (b"\x80\x02h\x00.", unreadable),  # not UnpicklingError nor RuntimeError
         "malicious pickle": (Executed(), unreadable),
         "list": ([1], entries),
+        "integer": (5, entries),
         "state_dict": (state, entries),
         "no config": ({"state_dict": state, "epoch": 3}, entries),
         "no state_dict": ({"config": config}, entries),

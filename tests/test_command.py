@@ -95,10 +95,11 @@ def test_it_prints_each_block_and_writes_the_figure_without_a_display(tmp_path):
 
 def test_running_the_network_leaves_no_hook_and_no_gradient_behind(capsys):
     model, image = unetr.UNETR(small()).eval(), torch.rand(1, 3, 96, 32)
+    own = model.head.register_forward_hook(lambda *args: None)  # is left alone
     logits = unetr.run_and_print(model, image)
     assert torch.equal(logits, model(image))
     assert not logits.requires_grad
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [hook for m in model.modules() for hook in m._forward_hooks] == [own.id]
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 1 + 1 + 4 + 4 * 4 + 1
     model.head.forward = lambda x: pytest.fail("the head failed")
@@ -150,8 +151,10 @@ def test_the_forward_pass_is_a_prediction(here, monkeypatch):
 
 
 def test_the_figure_is_that_of_a_network_built_with_the_seed(here):
+    plt.figure("of the caller")
     for name, options, seed in (("a.png", [], 0), ("b.png", ["--seed", 3], 3)):
         call("--output", name, *options)
+        assert plt.fignum_exists("of the caller")
         torch.manual_seed(seed)
         expected = expected_figure(unetr.UNETR(small()).eval(), UNTRAINED)
         assert np.array_equal(pixels(name), expected)
@@ -302,6 +305,12 @@ def test_an_error_is_one_sentence_before_the_forward_pass(words, bad_files, caps
     for part in (": error: ", *BAD[words]):
         assert part in sentence
     assert {path: path.read_bytes() for path in bad_files.iterdir()} == before
+
+
+def test_an_empty_list_of_arguments_is_not_that_of_the_process(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest", "--unknown"])
+    monkeypatch.setattr(unetr, "SAMPLE", Path("none.png"))
+    assert "none.png" in refused(capsys)
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, TypeError])

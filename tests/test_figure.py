@@ -97,6 +97,7 @@ def test_titles_and_labels(draw):
     assert "prob" in bar.get_ylabel().lower()
     assert left.get_title().index("2 x 3") < left.get_title().index("16 x 16")
     assert right.get_title() == "a title of the caller"
+    assert draw(random(3).sigmoid(), random(1))[0].figure is not left.figure
 
 
 @pytest.mark.parametrize("classes", [2, 20, 45])
@@ -123,6 +124,7 @@ def test_both_panels_are_upright_and_not_mirrored(draw, origin):
     image[:, :, :32, :32] = 1  # upper left
     with matplotlib.rc_context({"image.origin": origin}):
         panels = draw(image, 20 * image[:, :1] - 10)[:2]
+        assert matplotlib.rcParams["image.origin"] == origin  # as before
     for axes in panels:
         upper, lower = np.array_split(pixels_of(axes).sum(axis=2), 2)
         upper_left, upper_right = np.array_split(upper, 2, axis=1)

@@ -48,6 +48,8 @@ def test_patches_are_row_major_and_flattened_as_channel_row_column(
     for token, (row, column) in enumerate(corners):
         square = image[:, :, row : row + patch, column : column + patch]
         assert torch.equal(patches[:, token], square.reshape(batch, -1))
+    for strided in (image.mT.contiguous().mT, image.to(memory_format=torch.channels_last)):
+        assert torch.equal(unetr.patchify(strided, patch), patches)
 
 
 # Every valid configuration

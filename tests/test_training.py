@@ -131,7 +131,9 @@ def test_every_encoding_of_a_mask_trains_the_same_network(run, tmp_path):
     assert lines.startswith(
         f"3 training images, 2 held out, {share:.2%} foreground\nepoch 1: loss "
     )
-    assert re.search(r"epoch 1: loss \d\.\d\d, Dice on held-out images \d\.\d\d\n$", lines)
+    predicted, reference = names["predictions"].numpy(), [[rectangles(i) > 0] for i in (3, 4)]
+    score = 2 * (predicted & reference).sum() / (predicted.sum() + np.sum(reference))
+    assert re.search(rf"epoch 1: loss \d\.\d\d, Dice on held-out images {score:.2f}\n$", lines)
 
 
 def test_the_weights_of_the_last_epoch_are_saved(run, tmp_path):
@@ -161,14 +163,18 @@ def test_masks_are_turned_upright_and_resized_after_their_foreground_is_found(ru
 
 def test_hidden_and_other_files_are_ignored_and_extensions_may_differ(run, tmp_path):
     write(tmp_path)
-    (tmp_path / "images/0.png").rename(tmp_path / "images/0.PNG")
+    (tmp_path / "images/0.png").rename(tmp_path / "images/0-first.PNG")
+    (tmp_path / "masks/0.png").rename(tmp_path / "masks/0-first.png")
     (tmp_path / "masks/1.png").rename(tmp_path / "masks/1.TIF")
     for kind in ("images", "masks"):
         for old, new in (("2", "a.2"), ("3", "a.3")):
             (tmp_path / kind / f"{old}.png").rename(tmp_path / kind / f"{new}.png")
     for name in ("images/.DS_Store", "images/._0.png", "masks/._0.png", "images/Thumbs.db"):
         (tmp_path / name).write_bytes(b"no image")
-    assert run(SHORT)[1].startswith("3 training images, ")
+    names, printed = run(SHORT)
+    assert printed.startswith("3 training images, ")
+    for mask, i in zip(names["masks"], (0, 1, 4, 2, 3), strict=True):  # in alphabetical order
+        assert np.array_equal(mask[0], rectangles(i) > 0)
 
 
 FLAT = [Image.new("L", (96, 112), value) for value in (0, 1)]
