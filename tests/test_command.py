@@ -266,6 +266,7 @@ def bad_files(tmp_path_factory):
 
 BAD = {  # the arguments, and the option, file or value that the sentence names
     "none.png": ["none.png"],
+    ".": ["'.'"],
     "text.png": ["text.png"],
     "truncated.png": ["truncated.png"],
     "nan.tif": ["nan.tif"],
