@@ -389,7 +389,7 @@ def load_checkpoint(path: str | Path) -> UNETR:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # reading a damaged file raises almost any type
+        except Exception as error:  # a damaged file raises EOFError, KeyError and others
             raise CheckpointError(f"{path} is not a readable checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
         rule = "must contain config and state_dict, as written by save_checkpoint"
@@ -491,7 +491,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
     with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))  # reads all pixels
-        except Exception as error:  # Pillow's decoders raise almost anything
+        except Exception as error:  # not only OSError: a damaged PNG raises SyntaxError
             raise ValueError(f"{path} is not a readable image: {error}") from error
 
     if image.mode.startswith(("I", "F")):  # grayscale of more than 8 bits
@@ -501,7 +501,7 @@ def load_image(path: str | Path, config: UNETRConfig) -> Tensor:
         values = (values - values.min()) / (np.ptp(values) or 1)  # 0 if all pixels are equal
         image = Image.fromarray((255 * values).astype(np.float32))
     else:
-        if image.has_transparency_data:  # transparent pixels have colors, too
+        if image.has_transparency_data:  # or colors under transparent pixels would show
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         image = image.convert("L" if C == 1 else "RGB")

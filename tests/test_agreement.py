@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import largest_difference, resized, unetr
 from monai.networks import nets as monai_nets
+from torch import nn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 
@@ -249,3 +250,45 @@ def test_gradients_and_running_statistics_agree_with_a_second_implementation(
     assert second.running.keys() == dict(model.named_buffers()).keys()
     for name, expected in second.running.items():
         torch.testing.assert_close(model.get_buffer(name), expected, rtol=1e-9, atol=1e-9)
+
+
+# What the README says of MONAI's UNETR
+
+
+def test_what_the_readme_says_of_monai(monkeypatch):
+    def build(**options):
+        sizes = dict(img_size=32, hidden_size=12, mlp_dim=12, num_heads=3, spatial_dims=2)
+        return monai_nets.UNETR(in_channels=1, out_channels=1, **sizes, **options)
+
+    def fused(*args):
+        pytest.fail("a fused kernel was used")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    model, outputs, tapped = build(), [], []
+    for module in (*model.vit.blocks, model.vit.norm):
+        module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    reshape = model.proj_feat
+
+    def watch(z):
+        tapped.extend(number for number, output in enumerate(outputs, start=1) if output is z)
+        return reshape(z)
+
+    model.proj_feat = watch
+    model(torch.rand(1, 1, 32, 32)).sum().backward()
+    assert sorted(tapped) == [4, 7, 10, 13]  # the 13th output is that of the norm
+    assert sum(parameter.grad is None for parameter in model.parameters()) == 24
+
+    kinds = {type(module) for module in model.modules()}
+    assert {nn.InstanceNorm2d, nn.LeakyReLU} <= kinds
+    assert not kinds & {nn.BatchNorm2d, nn.ReLU}
+    assert type(model.decoder5.conv_block).__name__ == "UnetResBlock"  # residual
+    (first,) = model.encoder2.transp_conv_init.children()
+    assert isinstance(first, nn.ConvTranspose2d)
+    assert model.vit.norm.eps == 1e-5
+    assert all(block.attn.qkv.bias is None for block in model.vit.blocks)
+    assert build(qkv_bias=True).vit.blocks[0].attn.qkv.bias is not None
+    assert model.patch_size == (16, 16)
+    assert len(model.vit.blocks) == 12
+    assert model.encoder1.layer.conv1.out_channels == 16  # feature_size
+    with pytest.raises(TypeError):
+        build(patch_size=8)

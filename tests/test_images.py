@@ -169,9 +169,13 @@ def refused(path, config, error, word):
 def test_what_cannot_be_read_is_refused(tmp_path):
     sample = ROOT / "sample.png"
     (tmp_path / "text.png").write_bytes(b"text" * 99)
-    (tmp_path / "truncated.png").write_bytes(sample.read_bytes()[:9000])
-    damaged = sample.read_bytes().replace(b"IDAT", b"\x83\xa6?$", 1)
-    (tmp_path / "damaged.png").write_bytes(damaged)  # neither OSError nor ValueError in Pillow
+    content = sample.read_bytes()
+    (tmp_path / "truncated.png").write_bytes(content[:9000])
+    size = content.index(b"IDAT") - 4  # where the length of the compressed pixels is stored
+    shorter = (int.from_bytes(content[size : size + 4]) - 100).to_bytes(4)
+    (tmp_path / "damaged.png").write_bytes(content[:size] + shorter + content[size + 4 :])
+    with pytest.raises(SyntaxError):  # neither OSError nor ValueError
+        Image.open(tmp_path / "damaged.png").load()
     refused(tmp_path / "none.png", GRAY, FileNotFoundError, "none.png")
     refused(tmp_path, GRAY, IsADirectoryError, str(tmp_path))
     for name in ("text.png", "truncated.png", "damaged.png"):
